@@ -1,0 +1,149 @@
+"""What every command shares: one-line errors, and objects from `_target_` nodes, arguments checked."""
+
+import functools
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+P = ParamSpec("P")
+R = TypeVar("R")
+RESERVED = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+
+def main_guard(main: Callable[[], Any]) -> None:
+    """Run the main function of a command, usually one decorated with hydra.main, with one_line_errors."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises instead of printing and leaving by itself
+    one_line_errors(main)()
+
+
+def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, but an error that the user can cause ends in one line on stderr and exit status 1.
+
+    Such are ValueError, OSError and mistakes in the configuration; anything else is a bug and keeps its
+    traceback. Stands below hydra.main too, which prints a line of its own about errors that reach it.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(1)
+
+    return guarded
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error as a single line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def instantiate(node: Any, key: str, **extra: Any) -> Any:
+    """The object that a `_target_` node describes; `extra` are arguments that no configuration holds.
+
+    key: where the node stands in the configuration. Arguments are checked against the signature and its
+    simple annotations before anything is called, in nested nodes too. Raises ValueError in one line that
+    starts with the key.
+    """
+    arguments = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not isinstance(arguments, Mapping) or "_target_" not in arguments:
+        raise ValueError(f"{key}: has no _target_ that names a class")
+    arguments = {str(name): value for name, value in arguments.items()}
+    _check(arguments, key, set(extra))
+    try:
+        return hydra_instantiate(arguments, _convert_="all", **extra)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if not isinstance(cause, ValueError | TypeError | OSError | None):
+            raise cause from None
+        raise ValueError(_prefixed(key, one_line(cause or error))) from error
+
+
+def _check(node: Mapping[Any, Any], key: str, extra: set[str]) -> None:
+    target = _locate(node["_target_"], key)
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = _hints(target)
+    for name, value in node.items():
+        if name in RESERVED:
+            continue
+        if name not in parameters and not open_ended:
+            known = ", ".join(p for p in parameters if p not in extra) or "none"
+            raise ValueError(f"{key}.{name}: unknown key; {node['_target_']} knows {known}")
+        if value == MISSING:
+            raise ValueError(f"{key}.{name}: must be set, for example {key}.{name}=... on the command line")
+        if isinstance(value, Mapping) and "_target_" in value:
+            _check(value, f"{key}.{name}", set())
+        elif not _fits(value, hints.get(name, Any)):
+            raise ValueError(f"{key}.{name}: {value!r} is not {_spelled(hints[name])}")
+    if node.get("_partial_"):
+        return
+    for name, parameter in parameters.items():
+        optional = parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        )
+        if not optional and name not in node and name not in extra and "_args_" not in node:
+            raise ValueError(f"{key}.{name}: missing; {node['_target_']} needs it")
+
+
+def _locate(path: Any, key: str) -> Callable[..., Any]:
+    module, _, name = str(path).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}._target_: {path} cannot be loaded: {one_line(error)}") from error
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):  # a class of C code, or names that only a checker sees
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a configuration value can be what a simple annotation says; what is not simple always fits."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (list, tuple) or hint in (list, tuple):
+        items = [a for a in arguments if a is not ...]
+        return isinstance(value, list | tuple) and all(
+            not items or any(_fits(item, argument) for argument in items) for item in value
+        )
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    return True
+
+
+def _spelled(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _prefixed(key: str, message: str) -> str:
+    return message if message.startswith(key) else f"{key}: {message}"

@@ -1,0 +1,1 @@
+"""Collators: what the inputs and the labels of a batch are."""

@@ -1,0 +1,139 @@
+"""Documents to tokens on disk, with all cores and flat memory."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from data.heldout import HeldOutCompression
+from data.shards import SPLITS, SplitWriter, token_dtype
+from data.sources import PIECE, Document
+from data.split import Split
+from data.tokenizer import END_OF_TEXT, UNKNOWN
+
+BATCH = 8 * PIECE * (os.cpu_count() or 1)  # characters encoded in one call
+CHECKED_CHARACTERS = 2**20  # the first of the corpus are decoded again,
+CHECKED_EVERY = 64  # and then every so manieth document or piece
+
+Item = tuple[Split, Document]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class RoundTrip:
+    """Decodes a sample of what was encoded: the first CHECKED_CHARACTERS of the corpus, then one document, or
+    piece of a long one, in CHECKED_EVERY. `checked` and `unequal` count documents and pieces.
+
+    Raises ValueError where a tokenizer that must be lossless gives another text back, other than by an
+    UNKNOWN token, which says by itself what is lost.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, lossless: bool) -> None:
+        self.tokenizer = tokenizer
+        self.lossless = lossless
+        self.unknown = tokenizer.token_to_id(UNKNOWN)
+        self.checked = self.unequal = self._seen = self._characters = 0
+
+    def look(self, document: Document, ids: np.ndarray) -> None:
+        self._seen += 1
+        self._characters += len(document.text)
+        if self._characters > CHECKED_CHARACTERS and self._seen % CHECKED_EVERY:
+            return
+        self.checked += 1
+        if self.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == document.text:
+            return
+        self.unequal += 1
+        if self.lossless and not (self.unknown is not None and self.unknown in ids):
+            raise ValueError(f"tokenizer: decodes document {document.id} to another text; choose another one")
+
+
+def write_splits(
+    items: Iterable[Item],
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    lossless: bool,
+    passed: Callable[[Document], object],
+) -> dict[str, Any]:
+    """Encode every document and write both splits into `folder`.
+
+    passed: called with each document once it is written. Returns {"splits": their entries in the manifest,
+    "round_trip": {"checked", "unequal"}}. Raises ValueError where a split gets no text.
+    """
+    dtype = token_dtype(tokenizer.get_vocab_size())
+    end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype)
+    writers = {split: SplitWriter(folder, split, dtype) for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    check = RoundTrip(tokenizer, lossless)
+    compression = HeldOutCompression()
+
+    def encode(batch: list[Item]) -> list[np.ndarray]:
+        # Arrays at once: the library's own encodings take a hundred bytes and more per token.
+        texts = [document.text for _, document in batch]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype) for encoding in encodings]
+
+    for batch, encoded in _mapped(encode, _batches(items)):
+        for (split, document), ids in zip(batch, encoded, strict=True):
+            check.look(document, ids)
+            writers[split].append(ids)
+            sizes[split] += len(document.text.encode())
+            if split == "validation":
+                compression.add(document.text)
+            if document.ends:
+                writers[split].append(end)
+                writers[split].end_document(sizes[split])
+                sizes[split] = 0
+            passed(document)
+    entries = {split: writer.close() for split, writer in writers.items()}
+    entries["validation"] |= compression.close()
+    _refuse_empty(entries)
+    return {"splits": entries, "round_trip": {"checked": check.checked, "unequal": check.unequal}}
+
+
+def _refuse_empty(entries: dict[str, Any]) -> None:
+    if not any(entry["documents"] for entry in entries.values()):
+        raise ValueError("data.source: the corpus is empty; name a source that holds text")
+    for split, entry in entries.items():
+        if not entry["documents"]:
+            raise ValueError(
+                f"data.validation: no text falls to {split}; change the share, or for a corpus of few "
+                "documents set data.validation._target_=data.split.ByPosition"
+            )
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += len(item[1].text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _mapped(function: Callable[[T], R], items: Iterable[T], ahead: int = 2) -> Iterator[tuple[T, R]]:
+    """(item, function(item)) in order, `ahead` of them worked on while the caller reads and writes.
+
+    Two at once, so that the cores do not stand idle while the last text of a batch is encoded.
+    """
+    pool = ThreadPoolExecutor(ahead, thread_name_prefix="encode")
+    pending: deque[tuple[T, Future[R]]] = deque()
+    try:
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
+            if len(pending) > ahead:
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

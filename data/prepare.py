@@ -1,0 +1,168 @@
+"""Raw text to a prepared folder: train the tokenizer, encode every document, write the shards.
+
+    python -m data.prepare data=python-library tokenizer=bpe tokenizer.vocabulary_size=4096
+
+The folder is `<data.directory>/<data.name>-<fingerprint>`. It appears when it is complete, one process makes
+it while others wait, and where it is there already, nothing is done.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from data.cli import instantiate, main_guard, one_line_errors
+from data.encode import write_splits
+from data.exclusive import exclusive
+from data.shards import MANIFEST, read_manifest, token_dtype
+from data.sources import Document, Source
+from data.split import SplitRule
+from data.tokenizer import END_OF_TEXT, TokenizerRecipe, capped, load_tokenizer, save_tokenizer
+
+VERSION = 1  # of this package: raise it when the same text and settings would give other files
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be prepared, instantiated from the configuration."""
+
+    name: str
+    source: Source
+    validation: SplitRule
+    tokenizer: TokenizerRecipe
+    settings: dict[str, Any]
+    inputs: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything the result depends on: settings, inputs and the version of this package."""
+        content = json.dumps([VERSION, self.settings, self.inputs], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def prepare(data: DictConfig, tokenizer: DictConfig, progress: bool = True) -> Path:
+    """The prepared folder of a data and a tokenizer configuration; made if it is not there yet.
+
+    Raises ValueError in one line on anything wrong with the configuration or the text; nothing is left then.
+    """
+    job = _job(data, tokenizer)
+    target = Path(data.directory) / f"{job.name}-{job.fingerprint[:12]}"
+    with exclusive(target, lambda folder: (folder / MANIFEST).is_file()) as folder:
+        if folder is not None:
+            _make(job, folder, Meter(progress))
+    return target
+
+
+def _job(data: DictConfig, tokenizer: DictConfig) -> Job:
+    known = ("name", "source", "validation", "directory")
+    for key in data:
+        if key not in known:
+            raise ValueError(f"data.{key!s}: unknown key; data knows {', '.join(known)}")
+    source: Source = instantiate(data.source, "data.source")
+    validation: SplitRule = instantiate(data.validation, "data.validation")
+    recipe: TokenizerRecipe = instantiate(tokenizer, "tokenizer")
+    settings = {
+        "data": {key: OmegaConf.to_container(data[key], resolve=True) for key in ("source", "validation")},
+        "tokenizer": OmegaConf.to_container(tokenizer, resolve=True),
+    }
+    inputs = {"source": source.inputs(), **validation.inputs(), "tokenizer": recipe.inputs()}
+    return Job(data.name, source, validation, recipe, settings, inputs)
+
+
+def _make(job: Job, folder: Path, meter: "Meter") -> None:
+    with meter:
+        tokenizer = _tokenizer(job, folder / "tokenizer", meter)
+        meter.begin("encode", job.source.size())
+        started = time.perf_counter()
+        items = job.validation.split(job.source)
+        written = write_splits(items, tokenizer, folder, lossless=job.tokenizer.lossless, passed=meter.passed)
+    manifest = {
+        "version": VERSION,
+        "name": job.name,
+        "fingerprint": job.fingerprint,
+        "settings": job.settings,
+        "inputs": job.inputs,
+        "vocabulary_size": tokenizer.get_vocab_size(),
+        "dtype": token_dtype(tokenizer.get_vocab_size()).name,
+        "end_of_text": tokenizer.token_to_id(END_OF_TEXT),
+        "encode_seconds": round(time.perf_counter() - started, 3),
+        **written,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _tokenizer(job: Job, folder: Path, meter: "Meter") -> Tokenizer:
+    """Train on the first training_bytes of the training split, save, and load again as others will."""
+    size, most = job.source.size(), job.tokenizer.training_bytes
+    meter.begin("tokenizer", most if size is None else min(size, most))
+    documents = (document for split, document in job.validation.split(job.source) if split == "train")
+    save_tokenizer(job.tokenizer.train(capped(_texts(documents, meter), most)), folder)
+    return load_tokenizer(folder)
+
+
+def _texts(documents: Iterator[Document], meter: "Meter") -> Iterator[str]:
+    for document in documents:
+        meter.passed(document)
+        yield document.text
+
+
+class Meter:
+    """A progress bar on a terminal: documents, megabytes a second, and the time left where it is known."""
+
+    def __init__(self, shown: bool) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:9}"),
+            BarColumn(),
+            TextColumn("{task.fields[documents]:,} documents  {task.fields[rate]:.1f} MB/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and console.is_terminal),
+        )
+        self._bytes = self._documents = 0
+
+    def __enter__(self) -> "Meter":
+        self._progress.start()
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self._progress.live.transient = error is not None  # an error then stands alone
+        self._progress.stop()
+
+    def begin(self, what: str, size: int | None) -> None:
+        """Start on something of about `size` bytes."""
+        self._task = self._progress.add_task(what, total=size, documents=0, rate=0.0)
+        self._bytes = self._documents = 0
+        self._started = time.perf_counter()
+
+    def passed(self, document: Document) -> None:
+        self._bytes += len(document.text)  # near enough for a bar
+        self._documents += document.ends
+        rate = self._bytes / 1e6 / (time.perf_counter() - self._started)
+        self._progress.update(self._task, completed=self._bytes, documents=self._documents, rate=rate)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
+@one_line_errors
+def main(config: DictConfig) -> None:
+    folder = prepare(config.data, config.tokenizer)
+    manifest = read_manifest(folder)
+    for name, split in manifest["splits"].items():
+        counts = [f"{split[count]:,} {count}" for count in ("tokens", "documents", "bytes")]
+        print(f"{name}: {', '.join(counts)}")
+    print(f"vocabulary: {manifest['vocabulary_size']:,} tokens")
+    print(folder)
+
+
+if __name__ == "__main__":
+    main_guard(main)

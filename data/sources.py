@@ -1,0 +1,263 @@
+"""Where text comes from. A source yields documents in a fixed order and knows the identity of its inputs.
+
+A document is (id, text); a long one comes in several pieces of the same id, so that memory stays flat
+whatever the size of a file. Empty documents are left out: there is nothing in them to predict.
+"""
+
+import codecs
+import glob
+import importlib
+import os
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from data.cli import one_line
+
+PIECE = 2**16  # characters; small beside what the cores encode at once, so that none of them waits for long
+READ = 2**20  # bytes
+# Where a text may be cut without changing its tokens: pre-tokenizers look at whole runs of white space, so
+# only at the end of a line that ends in one newline and is followed by something visible.
+CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+class Document(NamedTuple):
+    """A document, or a piece of a long one; `ends` is true on the last piece."""
+
+    id: str
+    text: str
+    ends: bool = True
+
+
+class Source(Protocol):
+    def documents(self) -> Iterator[Document]:
+        """Every document, in the same order each time. Raises ValueError on what cannot be read."""
+        ...
+
+    def inputs(self) -> dict[str, Any]:
+        """What the text depends on; equal answers mean equal text. Raises ValueError on a missing input."""
+        ...
+
+    def size(self) -> int | None:
+        """About how many bytes of text there are, where that is known without reading them."""
+        ...
+
+
+class PythonLibrary:
+    """The standard library of the running Python: its source files and its language reference.
+
+    Tests and site-packages are left out: some distributions ship the library without its tests, and what
+    else is installed differs from machine to machine.
+    """
+
+    SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+
+    def __init__(self) -> None:
+        self.root = Path(sysconfig.get_path("stdlib"))
+
+    def documents(self) -> Iterator[Document]:
+        for path in self._files():
+            name = path.relative_to(self.root).as_posix()
+            if name != "pydoc_data/topics.py":  # comes as text below, not as one escaped literal
+                yield from _document(name, [_python_text(path)])
+        for topic, text in sorted(_topics().items()):
+            yield from _document(f"topics/{topic}", [text])
+
+    def inputs(self) -> dict[str, Any]:
+        return _stamps(self._files())
+
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self._files())
+
+    def _files(self) -> list[Path]:
+        found = []
+        for folder, children, names in os.walk(self.root):
+            children[:] = sorted(set(children) - self.SKIPPED)
+            found += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+        if not found:
+            raise ValueError(f"data.source: {self.root} holds no .py files; choose another source")
+        return found
+
+
+class TextFiles:
+    """UTF-8 text files, one document each. paths: files or globs (`**` reaches into folders)."""
+
+    def __init__(self, paths: str | list[str]) -> None:
+        self.paths = [paths] if isinstance(paths, str) else list(paths)
+
+    def documents(self) -> Iterator[Document]:
+        for path in _expand(self.paths):
+            yield from _document(str(path), _utf8(path))
+
+    def inputs(self) -> dict[str, Any]:
+        return _stamps(_expand(self.paths))
+
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in _expand(self.paths))
+
+
+class Rows:
+    """Rows of jsonl, parquet or csv files, one document each. column: the one that holds the text."""
+
+    def __init__(
+        self, format: Literal["json", "parquet", "csv"], paths: str | list[str], column: str = "text"
+    ) -> None:
+        self.format = format
+        self.paths = [paths] if isinstance(paths, str) else list(paths)
+        self.column = column
+
+    def documents(self) -> Iterator[Document]:
+        for path in _expand(self.paths):  # one at a time, so that an error can name its file
+            rows = _rows(str(path), self.column, path=self.format, data_files=[str(path)], split="train")
+            for number, text in enumerate(rows):
+                yield from _document(f"{path}:{number}", [text])
+
+    def inputs(self) -> dict[str, Any]:
+        return _stamps(_expand(self.paths))
+
+    def size(self) -> int | None:
+        return None  # a file's size says little about its column's
+
+
+class HuggingFace:
+    """Rows of a data set that `datasets` can load: a name on the Hub or a local folder, streamed.
+
+    path, name, split, revision: as in datasets.load_dataset. column: the one that holds the text.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        column: str = "text",
+        revision: str | None = None,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.split = split
+        self.column = column
+        self.revision = revision
+
+    def documents(self) -> Iterator[Document]:
+        rows = _rows(
+            self.path, self.column, path=self.path, name=self.name, split=self.split, revision=self.revision
+        )
+        for number, text in enumerate(rows):
+            yield from _document(f"{self.path}:{self.split}:{number}", [text])
+
+    def inputs(self) -> dict[str, Any]:
+        """Of a folder its files; of a Hub name the revision, so name one where it must not move."""
+        if Path(self.path).is_dir():
+            return _stamps(sorted(file for file in Path(self.path).rglob("*") if file.is_file()))
+        return {"path": self.path, "name": self.name, "revision": self.revision or "main"}
+
+    def size(self) -> int | None:
+        return None
+
+
+def _document(id: str, texts: Iterable[str]) -> Iterator[Document]:
+    """The pieces of a document whose text comes in parts of any size."""
+    rest = ""
+    for text in texts:
+        rest += text
+        start = 0
+        while len(rest) - start > 2 * PIECE:
+            cut = CUT.search(rest, start + PIECE, start + 2 * PIECE)
+            stop = cut.start() if cut else start + PIECE
+            yield Document(id, rest[start:stop], ends=False)
+            start = stop
+        rest = rest[start:]
+    if rest:
+        yield Document(id, rest)
+
+
+def _utf8(path: Path) -> Iterator[str]:
+    """The text of a file, in parts. Line ends stay as they are."""
+    with path.open("rb") as file:
+        held = b""
+        while True:
+            chunk = file.read(READ)
+            offset = file.tell() - len(chunk) - len(held)
+            held += chunk
+            try:
+                text, used = codecs.utf_8_decode(held, "strict", not chunk)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}: not UTF-8 at byte {offset + error.start} (0x{held[error.start]:02x}); "
+                    "convert the file, for example with iconv -t UTF-8"
+                ) from None
+            held = held[used:]
+            yield text
+            if not chunk:
+                return
+
+
+def _python_text(path: Path) -> str:
+    """The text of a Python file in the encoding that it declares."""
+    with path.open("rb") as file:
+        encoding, _ = tokenize.detect_encoding(file.readline)
+        file.seek(0)
+        return file.read().decode(encoding)
+
+
+def _topics() -> dict[str, str]:
+    try:
+        return importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError:  # a Python built without its documentation
+        return {}
+
+
+def _rows(where: str, column: str, **arguments: Any) -> Iterator[str]:
+    """The texts of a column, through `datasets` in streaming mode."""
+    import datasets  # costs seconds; only those who read through it pay
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised below, once
+    try:
+        rows = datasets.load_dataset(**arguments, streaming=True)
+        columns = rows.column_names or list(next(iter(rows), {}))
+        if columns and column not in columns:
+            raise ValueError(f"no column {column!r}, only {', '.join(columns)}; set data.source.column")
+        batches = rows.select_columns([column]).with_format("arrow").iter(1000) if columns else ()
+        for table in batches:
+            yield from _texts(table[column].to_pylist(), column)
+    except GeneratorExit:
+        raise
+    except Exception as error:  # readers fail in many classes of their own
+        raise ValueError(f"data.source: {where}: {one_line(error.__cause__ or error)}") from error
+
+
+def _texts(values: list[Any], column: str) -> Iterator[str]:
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            kind = type(value).__name__
+            raise ValueError(f"column {column!r} holds {kind}, not text; set data.source.column")
+        yield value or ""
+
+
+def _expand(paths: list[str]) -> list[Path]:
+    """The files that paths and globs name, each once. Raises ValueError where one names none."""
+    found: dict[Path, None] = {}
+    for pattern in paths:
+        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            what = "is a folder; name its files, for example with /*.txt" if matches else "matches no file"
+            raise ValueError(f"data.source.paths: {pattern} {what}")
+        found |= dict.fromkeys(files)
+    if not found:
+        raise ValueError("data.source.paths: the list is empty; name at least one file")
+    return list(found)
+
+
+def _stamps(paths: Iterable[Path]) -> dict[str, Any]:
+    """Size in bytes and time of last change of each file: enough to see that it is another one."""
+    stamps = {}
+    for path in paths:
+        status = path.stat()
+        stamps[str(path.resolve())] = [status.st_size, status.st_mtime_ns]
+    return stamps

@@ -1,0 +1,1 @@
+"""Plain single-device models: no ranks, no files, no config objects."""

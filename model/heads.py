@@ -1,0 +1,74 @@
+"""The language-model head and its loss, computed without ever holding the whole batch's logits.
+
+Shapes: B batch, T sequence, N = B*T tokens, C tokens of one chunk, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.layers import INIT_STD
+
+IGNORED = -100  # a label with no loss
+CHUNK_TOKENS, CHUNK_LOGITS = 1024, 2**23  # a chunk has so many of one or the other, whichever is more tokens
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden weight^T)[label], with the gradients computed chunk by chunk in the forward.
+
+    In the manner of Liger Kernel (arXiv 2410.10989, section 3.2): the gradient of the logits needs nothing
+    from what follows but one scalar, which the backward multiplies in. The weight is read in the forward
+    only, so ZeRO-3 may release it right afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, gradients: bool) -> Tensor:
+        chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // weight_VD.shape[0])
+        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+        d_hidden_ND = torch.empty_like(hidden_ND) if gradients else None
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if gradients else None
+        for start in range(0, hidden_ND.shape[0], chunk):
+            hidden_CD, labels_C = hidden_ND[start : start + chunk], labels_N[start : start + chunk]
+            counted_C1 = (labels_C != IGNORED)[:, None]
+            target_C1 = labels_C[:, None].clamp(min=0)
+            log_p_CV = torch.log_softmax((hidden_CD @ weight_VD.T).float(), dim=-1)
+            loss -= (log_p_CV.gather(1, target_C1) * counted_C1).sum()
+            if d_hidden_ND is not None and d_weight_VD is not None:
+                d_CV = log_p_CV.exp_()
+                d_CV.scatter_add_(1, target_C1, d_CV.new_full((1, 1), -1).expand_as(target_C1))
+                d_CV = d_CV.to(hidden_ND.dtype)  # ignored rows drop out below, where they are narrower
+                d_hidden_ND[start : start + chunk] = (d_CV @ weight_VD) * counted_C1
+                d_weight_VD += d_CV.T @ (hidden_CD * counted_C1)
+        if d_hidden_ND is not None and d_weight_VD is not None:
+            ctx.save_for_backward(d_hidden_ND, d_weight_VD.to(weight_VD.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden_ND, d_weight_VD = ctx.saved_tensors
+        return d_hidden_ND * d_loss, d_weight_VD * d_loss, None, None  # a 0-d factor keeps their dtypes
+
+
+class LMHead(nn.Module):
+    """Logits over the vocabulary, or their loss. A tied head is given the token table as weight [V, D]."""
+
+    def __init__(self, vocabulary_size: int, width: int, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.tied = weight is not None
+        self.weight = nn.Parameter(torch.empty(vocabulary_size, width)) if weight is None else weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if not self.tied:
+            nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]; or, with labels, the fp32 scalar sum of token losses in nats (-100: no loss)."""
+        if labels_BT is None:
+            return F.linear(hidden_BTD, self.weight)
+        hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
+        return ChunkedCrossEntropy.apply(hidden_ND, self.weight, labels_N, torch.is_grad_enabled())

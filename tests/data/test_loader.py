@@ -1,0 +1,132 @@
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from data.collate.causal import Causal
+from data.loader import IGNORED, Batch, Loader, evaluation_batches, training_samples
+from data.order import Order
+from data.shards import TokenStream
+from tests.data.conftest import StreamOf
+
+LENGTH = 4
+
+
+def loader(
+    stream: TokenStream, *, global_batch: int = 12, micro: int = 12, rank: int = 0, ranks: int = 1
+) -> Loader:
+    order = Order(training_samples(stream, LENGTH), global_batch, seed=9)
+    return Loader(
+        stream, order, Causal(), sequence_length=LENGTH, micro_batch=micro, rank=rank, world_size=ranks
+    )
+
+
+def rows(batches: list[Batch]) -> list[tuple[int, ...]]:
+    return [tuple(row) for batch in batches for row in batch["labels"].tolist()]
+
+
+def test_a_sample_predicts_each_token_from_the_one_before(stream_of: StreamOf) -> None:
+    stream = stream_of(range(1, 50))
+    batch = loader(stream).step(0)[0]
+    ids = Order(12, 12, seed=9).step(0)
+    for row, i in enumerate(ids):
+        labels = list(range(1 + i * LENGTH, 1 + i * LENGTH + LENGTH))
+        assert batch["labels"][row].tolist() == labels
+        assert batch["tokens"][row].tolist() == [label - 1 for label in labels]  # END_OF_TEXT (0) before 1
+
+
+def test_an_epoch_predicts_every_token_once(stream_of: StreamOf) -> None:
+    stream = stream_of(range(1, 49))  # 48 tokens are 12 samples are one step
+    labels = torch.cat([batch["labels"] for batch in loader(stream).step(0)])
+    assert sorted(labels.flatten().tolist()) == list(range(1, 49))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro"), [(1, 2), (1, 6), (2, 1), (2, 3), (3, 4), (4, 1), (6, 2), (12, 1)]
+)
+def test_the_global_batch_does_not_depend_on_ranks_and_micro_batches(
+    stream_of: StreamOf, ranks: int, micro: int
+) -> None:
+    stream = stream_of(range(1, 90))
+    for step in (0, 1, 7):
+        whole = rows(loader(stream).step(step))
+        shares = [loader(stream, micro=micro, rank=rank, ranks=ranks).step(step) for rank in range(ranks)]
+        assert {len(share) for share in shares} == {12 // (micro * ranks)}
+        assert all(batch["tokens"].shape == (micro, LENGTH) for share in shares for batch in share)
+        assert Counter(row for share in shares for row in rows(share)) == Counter(whole)
+        in_order = [row for micros in zip(*shares, strict=True) for row in rows(list(micros))]
+        assert in_order == whole
+
+
+def test_a_jump_gives_what_a_fresh_loader_gives(stream_of: StreamOf) -> None:
+    stream = stream_of(range(1, 90))
+    jumping = loader(stream)
+    for step in (0, 1, 1, 10**9, 3, 4, 2):
+        assert rows(jumping.step(step)) == rows(loader(stream).step(step))
+    jumping.close()
+
+
+def test_the_next_step_is_made_while_this_one_trains(stream_of: StreamOf) -> None:
+    made = threading.Semaphore(0)
+
+    def collate(samples: list) -> Batch:
+        made.release()
+        return Causal()(samples)
+
+    stream = stream_of(range(1, 90))
+    ahead = Loader(
+        stream, Order(22, 12, 0), collate, sequence_length=LENGTH, micro_batch=12, rank=0, world_size=1
+    )
+    ahead.step(0)
+    assert made.acquire(timeout=5) and made.acquire(timeout=5)  # step 0 and, unasked, step 1
+    assert ahead.waited_s > 0
+    ahead.close()
+
+
+def test_an_error_in_the_thread_is_raised_in_step(stream_of: StreamOf) -> None:
+    def collate(samples: list) -> Batch:
+        raise RuntimeError("broken collator")
+
+    stream = stream_of(range(1, 90))
+    broken = Loader(
+        stream, Order(22, 2, 0), collate, sequence_length=LENGTH, micro_batch=2, rank=0, world_size=1
+    )
+    with pytest.raises(RuntimeError, match="broken collator"):
+        broken.step(0)
+    broken.close()
+
+
+def test_sizes_that_do_not_fit_are_refused(stream_of: StreamOf) -> None:
+    stream = stream_of(range(1, 90))
+    with pytest.raises(ValueError, match="^global_batch: 12 is not divisible by micro_batch 5 x 1 ranks"):
+        loader(stream, micro=5)
+    with pytest.raises(ValueError, match="^sequence_length: 90 is longer than the 89 tokens"):
+        training_samples(stream, 90)
+    assert training_samples(stream, 89) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 41, 48])
+def test_evaluation_predicts_every_token_once_in_as_many_batches_on_each_rank(
+    stream_of: StreamOf, ranks: int, tokens: int
+) -> None:
+    stream = stream_of(range(1, tokens + 1))
+    per_rank = [
+        list(
+            evaluation_batches(
+                stream, Causal(), sequence_length=LENGTH, micro_batch=2, rank=rank, world_size=ranks
+            )
+        )
+        for rank in range(ranks)
+    ]
+    assert len({len(batches) for batches in per_rank}) == 1
+    batches = [batch for batches in per_rank for batch in batches]
+    assert all(batch["tokens"].shape == batch["labels"].shape == (2, LENGTH) for batch in batches)
+    labels = np.concatenate([batch["labels"].numpy().ravel() for batch in batches])
+    inputs = np.concatenate([batch["tokens"].numpy().ravel() for batch in batches])
+    predicted = labels != IGNORED
+    assert sorted(labels[predicted].tolist()) == list(range(1, tokens + 1))
+    assert np.array_equal(inputs[predicted], labels[predicted] - 1)
+    assert not inputs[~predicted].any()  # padding is END_OF_TEXT

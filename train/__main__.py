@@ -1,0 +1,71 @@
+"""`python -m train [group=choice] [key=value] …`: compose the config and start the run's ranks.
+
+By itself it starts engine.ranks processes on this machine (by default one per GPU); under torchrun or deepspeed,
+which have started them already, it is one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from data.cli import main_guard, one_line_errors
+from train.config import RunConfig, from_hydra
+from train.start import begin
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+@one_line_errors
+def main(node: DictConfig) -> None:
+    config = from_hydra(node)
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep:
+        job = HydraConfig.get().job
+        config = replace(config, directory=f"{config.directory}/{job.override_dirname or job.num}")
+    if "RANK" in os.environ:
+        _join(config)
+    else:
+        _launch(config, own_process=sweep)
+
+
+def _join(config: RunConfig) -> None:
+    """Be one of the ranks that a launcher started. Rank 0 prepares; the others wait for it to join them."""
+    from train.run import run
+
+    if os.environ["RANK"] == "0":
+        begin(config, int(os.environ["WORLD_SIZE"]))
+    run(config.directory)
+
+
+def _launch(config: RunConfig, own_process: bool) -> None:
+    """Start the ranks: one in this process, several (or, of a sweep, any number) through torchrun."""
+    gpus = torch.cuda.device_count()
+    ranks = min(config.engine.ranks or gpus, gpus) if gpus else config.engine.ranks or 1
+    begin(config, ranks)
+    if ranks == 1 and not own_process:
+        from train.run import run
+
+        return run(config.directory)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    done = subprocess.run([*torchrun, "-m", "train.run", config.directory], env=environment, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    # The deepspeed launcher adds an argument that Hydra does not know; the environment says the same.
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    main_guard(main)

@@ -1,0 +1,267 @@
+"""RunConfig: everything that defines a run, and every check that needs no file, process group or GPU.
+
+Hydra composes YAML into a DictConfig; `from_hydra` turns it into a frozen `RunConfig` or raises `ValueError`
+with one line that names the key. Slots that select code (`_target_`) stay plain dictionaries: their
+constructors check their own arguments when they are instantiated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PRECISIONS = ("bf16", "fp16", "fp32")
+WANDB_MODES = ("offline", "online", "disabled")
+
+# What a resumed run may change: nothing that alters the parameters, the data or the arithmetic of a step.
+MAY_CHANGE = ("name", "directory", "horizon", "evaluation", "checkpoint", "log", "track")
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long to train: exactly one of the three is set. `epochs` may be fractional."""
+
+    steps: int | None = None
+    tokens: float | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a step is computed. None of it changes what is computed, beyond rounding."""
+
+    ranks: int | None = None  # processes that `python -m train` starts; null: one per GPU, else one
+    zero_stage: int = 2
+    precision: str = "bf16"
+    gradient_clipping: float = 1.0  # global norm; 0 turns it off
+    offload_optimizer: bool = False  # optimizer states and step in host memory
+    activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of each block
+    threads: int | None = None  # CPU threads per rank; null: cores / local ranks
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int | None = 200  # steps; null: only at the end
+    prompt: str | None = None  # sampled after every evaluation; null: no samples
+    sample_tokens: int = 100
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int | None = 500  # steps; null: only at the end
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # steps between lines of metrics.jsonl; each averages the steps since the line before
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    wandb: str = "offline"
+    project: str = "isoflop"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "run"
+    directory: str = "runs/run"
+    seed: int = 0
+    sequence_length: int = 256  # tokens
+    global_batch: int = 16  # sequences per optimizer step, over all ranks
+    micro_batch: int | None = None  # sequences per rank and forward pass; null: global_batch / ranks
+    horizon: Horizon = field(default_factory=Horizon)
+    data: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+def from_hydra(node: DictConfig | dict[str, Any]) -> RunConfig:
+    """The frozen config of a composed Hydra node (or of a loaded config.yaml).
+
+    Raises:
+        ValueError: unknown key, wrong type or a check that fails; one line that names the key.
+    """
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(node), resolve=True)
+        schema = OmegaConf.structured(RunConfig)
+        for part in (schema, *(schema[f.name] for f in fields(RunConfig))):
+            if OmegaConf.is_config(part):
+                OmegaConf.set_readonly(part, False)  # frozen dataclasses make read-only nodes
+        config = OmegaConf.to_object(OmegaConf.merge(schema, resolved))
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from None
+    assert isinstance(config, RunConfig)
+    check(config)
+    return config
+
+
+def to_container(config: RunConfig) -> dict[str, Any]:
+    """Nested plain dictionaries, as written to config.yaml."""
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def load(path: Path) -> RunConfig:
+    """The frozen config in a run directory's config.yaml.
+
+    Raises:
+        ValueError: the file is missing or is not a run's config.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; is {path.parent} the directory of a run?")
+    node = OmegaConf.load(path)
+    assert isinstance(node, DictConfig)
+    return from_hydra(node)
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", None)
+    message = str(error).splitlines()[0]
+    if not key:
+        return message
+    if "not in" in message and key.split(".")[-1] in message:
+        known = getattr(error, "object_type", None)
+        names = f"; it has {', '.join(f.name for f in fields(known))}" if hasattr(known, "__dataclass_fields__") else ""
+        return f"{key}: no such key{names}"
+    return f"{key}: {message[:1].lower()}{message[1:]}"
+
+
+def check(config: RunConfig) -> None:
+    """Every check that needs only the config itself.
+
+    Raises:
+        ValueError: one line that names the key, what is wrong and what to do.
+    """
+    _require(bool(config.name.strip()), "name: is empty; give the run a name")
+    for key in ("sequence_length", "global_batch", "micro_batch"):
+        _positive(key, getattr(config, key))
+    given = [f.name for f in fields(Horizon) if getattr(config.horizon, f.name) is not None]
+    _require(
+        len(given) == 1,
+        f"horizon: {' and '.join(given) or 'nothing'} is set; set exactly one of steps, tokens, epochs"
+        " (override the others with null)",
+    )
+    _positive(f"horizon.{given[0]}", getattr(config.horizon, given[0]))
+    for key in ("model", "objective", "optim", "schedule", "tokenizer"):
+        _require("_target_" in getattr(config, key), f"{key}: has no _target_; choose one with {key}=…")
+    _check_engine(config.engine)
+    _positive("evaluation.every", config.evaluation.every)
+    _positive("evaluation.sample_tokens", config.evaluation.sample_tokens)
+    _positive("checkpoint.every", config.checkpoint.every)
+    _positive("checkpoint.keep", config.checkpoint.keep)
+    _positive("log.every", config.log.every)
+    _one_of("track.wandb", config.track.wandb, WANDB_MODES)
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    _positive("engine.ranks", engine.ranks)
+    _positive("engine.threads", engine.threads)
+    _one_of("engine.zero_stage", engine.zero_stage, (0, 1, 2, 3))
+    _one_of("engine.precision", engine.precision, PRECISIONS)
+    _require(engine.gradient_clipping >= 0, "engine.gradient_clipping: is negative; 0 turns clipping off")
+    _require(
+        not (engine.offload_optimizer and engine.zero_stage == 0),
+        "engine.offload_optimizer: needs ZeRO; set engine.zero_stage to 1, 2 or 3",
+    )
+    _require(
+        not (engine.compile and engine.zero_stage == 3),
+        "engine.compile: cannot be combined with engine.zero_stage=3, which swaps parameters in and out"
+        " between the blocks' operations; turn one of them off",
+    )
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """The checks that need the number of ranks.
+
+    Raises:
+        ValueError: the global batch does not divide into micro batches over the ranks.
+    """
+    size = micro_batch(config, world_size)
+    _require(
+        size > 0 and config.global_batch % (size * world_size) == 0,
+        f"global_batch: {config.global_batch} is not divisible by micro_batch {size or 1} x ranks {world_size};"
+        " choose a multiple",
+    )
+
+
+def check_device(config: RunConfig) -> None:
+    """What this machine can compute in.
+
+    Raises:
+        ValueError: a precision that its GPU or CPU lacks.
+    """
+    if config.engine.precision == "fp16":
+        _require(
+            torch.cuda.is_available(),
+            "engine.precision: fp16 needs a GPU, and this machine has none; use bf16 or fp32",
+        )
+    if config.engine.precision == "bf16" and torch.cuda.is_available():
+        _require(
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            "engine.precision: this GPU has no bf16; use fp16 or fp32",
+        )
+
+
+def micro_batch(config: RunConfig, world_size: int) -> int:
+    """Sequences per rank and forward pass; 0 where the global batch is smaller than the world."""
+    return config.micro_batch or config.global_batch // world_size
+
+
+def total_steps(config: RunConfig, samples: int) -> int:
+    """Optimizer steps of the horizon over a training set of `samples` sequences."""
+    horizon = config.horizon
+    if horizon.steps is not None:
+        return horizon.steps
+    if horizon.tokens is not None:
+        return math.ceil(horizon.tokens / (config.global_batch * config.sequence_length))
+    assert horizon.epochs is not None
+    return math.ceil(horizon.epochs * samples / config.global_batch)
+
+
+def changed(before: RunConfig, after: RunConfig) -> list[str]:
+    """Dotted keys that differ and that a resumed run may not change."""
+    old, new = to_container(before), to_container(after)
+    return [
+        key
+        for top in old
+        if top not in MAY_CHANGE
+        for key in _differences(top, old[top], new[top])
+        if key != "data.directory"  # where the prepared shards are kept, not what is in them
+    ]
+
+
+def _differences(key: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for k in sorted(old.keys() | new.keys()) for d in _differences(f"{key}.{k}", old.get(k), new.get(k))]
+    return [] if old == new else [key]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _positive(key: str, value: float | None) -> None:
+    _require(value is None or value > 0, f"{key}: {value} is not positive")
+
+
+def _one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:
+    _require(value in choices, f"{key}: {value} is none of {', '.join(map(str, choices))}")

@@ -1,0 +1,142 @@
+"""A run's directory: every path in it, its lock, and the record of what the run was started with."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from train.config import RunConfig, changed, load, to_container
+
+PACKAGES = ("torch", "deepspeed", "hydra-core", "datasets", "tokenizers", "transformers", "wandb", "numpy", "flash-attn")
+
+
+class RunDir:
+    """The paths of one run, and what may happen to them."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory)
+        self.config = self.path / "config.yaml"
+        self.data = self.path / "data.json"
+        self.deepspeed = self.path / "deepspeed.json"
+        self.environment = self.path / "environment.json"
+        self.model = self.path / "model.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"
+        self.report = self.path / "report.html"
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Make this process the only one that writes here, until it ends.
+
+        Raises:
+            ValueError: the directory cannot be written, or another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / "lock", "a")  # noqa: SIM115  held for the life of the process
+        except OSError as error:
+            raise ValueError(f"directory: cannot write to {self.path} ({error.strerror}); choose another") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            raise ValueError(
+                f"directory: another process is training in {self.path}; wait for it, or choose another name=…"
+            ) from None
+        self._lock = handle
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def check_resume(self, config: RunConfig, world_size: int) -> None:
+        """Refuse to continue this run under a config that would make it another run.
+
+        Raises:
+            ValueError: names the keys that may not change.
+        """
+        if not self.config.exists():
+            return
+        keys = changed(load(self.config), config)
+        if keys:
+            others = f" (so {'do' if len(keys) > 2 else 'does'} {', '.join(keys[1:])})" if len(keys) > 1 else ""
+            raise ValueError(
+                f"{keys[0]}: differs from what {self.path} was started with{others};"
+                " undo the change, or choose another name=…"
+            )
+        before = json.loads(self.environment.read_text())["world_size"] if self.environment.exists() else world_size
+        if before != world_size:
+            raise ValueError(f"engine.ranks: {self.path} was started with {before} rank(s); continue it with as many")
+
+    def freeze(self, config: RunConfig, prepared: Path) -> None:
+        """Write the config and the place of the prepared data that every rank works from.
+
+        Raises:
+            ValueError: the run was started on other data.
+        """
+        content = json.dumps({"prepared": str(prepared.resolve())}) + "\n"
+        if self.data.exists() and self.prepared().name != prepared.name:
+            raise ValueError(
+                f"data: the corpus has changed since {self.path} was started ({self.prepared().name}, now"
+                f" {prepared.name}); restore it, or choose another name=…"
+            )
+        write(self.data, content)
+        write(self.config, yaml.safe_dump(to_container(config), sort_keys=False, allow_unicode=True))
+
+    def prepared(self) -> Path:
+        """The folder of the run's prepared data."""
+        return Path(json.loads(self.data.read_text())["prepared"])
+
+    def record(self, deepspeed: dict[str, Any], model: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Write what the frozen config became on this machine."""
+        for path, content in ((self.deepspeed, deepspeed), (self.model, model), (self.environment, environment)):
+            write(path, json.dumps(content, indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file by `text` whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """The code, packages and machine of this run, for someone who wants to repeat it."""
+    root = Path(__file__).resolve().parent.parent
+    return {
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "dirty": bool(_git(root, "status", "--porcelain")),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "world_size": world_size,
+    }
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -5,7 +5,7 @@ import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-COMPRESSED_BYTES = 2**23  # xz keeps about 12 bytes of state per byte; more text would cost time and memory
+COMPRESSED_BYTES = 2**22  # xz keeps a dozen bytes of state per byte; more text would cost time and memory
 
 
 class HeldOutCompression:

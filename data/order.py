@@ -15,7 +15,8 @@ class Order:
     """The order of training samples.
 
     samples: how many samples an epoch has. global_batch: samples per step, over all ranks.
-    seed: any integer, taken modulo 2**64; another seed is another order. Raises ValueError where a number is not positive.
+    seed: any integer, taken modulo 2**64; another seed is another order.
+    Raises ValueError where a number is not positive.
     """
 
     def __init__(self, samples: int, global_batch: int, seed: int) -> None:

@@ -17,13 +17,13 @@ from data.cli import one_line
 END_OF_TEXT = "<|endoftext|>"  # ends a document; also what a text starts from
 UNKNOWN = "<|unknown|>"  # only where the algorithm cannot spell every text
 
-TRAINING_BYTES = 100_000_000
+TRAINING_BYTES = 20_000_000  # the counts of distinct words, and so memory, grow with it
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 characters that stand for bytes
 
 
 class TokenizerRecipe(Protocol):
     """lossless: decoding what was encoded gives the text back, except where an UNKNOWN token says that it
-    cannot. training_bytes: how much of the training text is looked at."""
+    cannot. training_bytes: how many of the first bytes of the training text are looked at."""
 
     lossless: bool
     training_bytes: int

@@ -23,8 +23,8 @@ def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, dropout
     """softmax(q k^T / sqrt(K)) v (arXiv 1706.03762, equation 1) with H a multiple of G; returns [B, T, H, K].
 
     With `causal` the T queries are the last T of the S positions. Uses flash-attn for half-precision tensors
-    on a CUDA GPU where the package is installed, `attend_cpu` for up to 2**26 scores in bfloat16 on a CPU, and
-    `scaled_dot_product_attention` everywhere else.
+    on a CUDA GPU where the package is installed, `attend_cpu` in bfloat16 on a CPU where the scores are few,
+    and `scaled_dot_product_attention` everywhere else.
     """
     if flash_attn_func is not None and q_BTHK.is_cuda and q_BTHK.dtype in HALF:
         return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, dropout_p=dropout, causal=causal)
@@ -56,7 +56,7 @@ def attend_cpu(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Causal `attend` by plain products, for which a CPU has fast bfloat16 kernels.
 
     Forward and backward take half the time of SDPA's CPU kernel, whose backward is slow, but the softmax is
-    kept for the backward and scores are rounded to the dtype of q. Blocks of queries skip the keys after them.
+    kept for the backward and scores are rounded to q's dtype. A block of queries skips the keys after it.
     """
     groups = q_BTHK.shape[2] // k_BTGK.shape[2]
     q_BHTK = q_BTHK.transpose(1, 2) * q_BTHK.shape[-1] ** -0.5

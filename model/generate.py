@@ -24,8 +24,8 @@ def generate(
     `end_of_text` ends the text and is not yielded. `temperature` 0 takes the likeliest token; `top_k` and
     `top_p` (arXiv 1904.09751, section 3.1) narrow the choice, and together both hold. The same seed gives the
     same tokens. Of a prompt longer than the model's `sequence_length` the end is used. Where the text
-    outgrows that length, the model goes on from its last half sequence: older tokens are forgotten, and the cache is
-    rebuilt once every half sequence instead of for each token.
+    outgrows that length, the model goes on from its last half sequence: older tokens are forgotten, and the
+    cache is rebuilt once every half sequence instead of for each token.
 
     Raises ValueError with one line that begins with the argument's name for an argument that cannot be.
     """

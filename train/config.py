@@ -20,7 +20,11 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 WANDB_MODES = ("offline", "online", "disabled")
 
 # What a resumed run may change: nothing that alters the parameters, the data or the arithmetic of a step.
-MAY_CHANGE = ("name", "directory", "horizon", "evaluation", "checkpoint", "log", "track")
+# engine.ranks is only asked for: the ranks there are get compared by themselves.
+MAY_CHANGE = (
+    *("name", "directory", "horizon", "evaluation", "checkpoint", "log", "track"),
+    *("data.directory", "engine.ranks"),
+)
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,7 @@ def changed(before: RunConfig, after: RunConfig) -> list[str]:
         for top in old
         if top not in MAY_CHANGE
         for key in _differences(top, old[top], new[top])
-        if key != "data.directory"  # where the prepared shards are kept, not what is in them
+        if key not in MAY_CHANGE
     ]
 
 

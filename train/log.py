@@ -63,12 +63,12 @@ class Log:
         self._bar = self._progress.add_task("train", total=total_steps, completed=start, loss="-", rate="-")
         self._progress.start()
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, failed: bool) -> None:
         """End the progress bar, the file and the W&B run."""
         self._progress.stop()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed), quiet=True)
+            self._wandb.finish(exit_code=int(failed))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One record: a line of metrics.jsonl, and its numbers to W&B under `kind/`."""

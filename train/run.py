@@ -159,13 +159,17 @@ class Run:
         return self.tokenizer.decode(list(tokens))
 
     def _finish(self, first: int) -> None:
-        self.loader.close()
         if not self.log:
             return
         if first < self.total_steps:
             self._write("event", self.total_steps, event="finish", message=f"finished {self.total_steps} steps")
-        self.log.close()
         self.log.summary()
+
+    def close(self, failed: bool) -> None:
+        """Stop the loader and end the log."""
+        self.loader.close()
+        if self.log:
+            self.log.close(failed)
 
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if not self.log:
@@ -193,8 +197,16 @@ def run(directory: str) -> None:
     world = start_world()
     try:
         rundir = RunDir(world.broadcast(directory)) if world.rank else rundir
-        config = load(rundir.config)
-        Run(rundir, config, world).train()
+        rank = Run(rundir, load(rundir.config), world)
+        failed = True
+        try:
+            rank.train()
+            failed = False
+        finally:
+            rank.close(failed)
+    except ValueError as error:
+        # What a person can get wrong was checked before: from here on it is a bug, and keeps its traceback.
+        raise RuntimeError(f"rank {world.rank} failed") from error
     finally:
         stop_world()
 

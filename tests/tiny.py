@@ -1,0 +1,46 @@
+"""The smallest real run: a corpus, a config and a begun run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from train.config import RunConfig, from_hydra
+from train.start import begin
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def corpus(folder: Path, documents: int = 40) -> Path:
+    """Text files with some regularity to learn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(documents):
+        lines = [f"item {index * 7 % 10} follows item {(index + line) % 10}, é" for line in range(20)]
+        (folder / f"{index:03d}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def overrides(folder: Path) -> list[str]:
+    """Command-line overrides of a run of a few seconds in `folder`, on the corpus in folder/text."""
+    return [
+        *("data=text", f"data.source.paths={folder}/text/*.txt", f"data.directory={folder}/prepared"),
+        *("tokenizer=bytes", "model=gpt-nano", "track=disabled", "data.validation.share=0.2"),
+        *("sequence_length=32", "global_batch=8", "horizon.steps=6", "horizon.epochs=null", "schedule.warmup=1"),
+        *("log.every=1", "evaluation.every=3", "checkpoint.every=3", "optim.learning_rate=3e-3"),
+    ]
+
+
+def config(folder: Path, *more: str) -> RunConfig:
+    """The config of such a run."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return from_hydra(compose("config", overrides=[*overrides(folder), *more]))
+
+
+def begun(folder: Path, name: str, world_size: int, *more: str) -> Path:
+    """A begun run directory: the config is frozen, the data prepared, no step taken."""
+    if not (folder / "text").exists():
+        corpus(folder / "text")
+    directory = folder / "runs" / name
+    begin(config(folder, f"directory={directory}", f"name={name}", *more), world_size)
+    return directory

@@ -1,0 +1,142 @@
+"""Whole runs on real ranks: a run that was broken off goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import run_ranks
+from tests.tiny import begun
+from train.checkpoint import WEIGHTS, path_of, steps
+from train.log import read_metrics
+
+CASES = [
+    *[(f"zero{stage}-bf16", [f"engine=zero{stage}"]) for stage in range(4)],
+    ("zero2-fp32-accumulated", ["engine.precision=fp32", "micro_batch=2"]),
+    ("zero2-dropout", ["model.dropout=0.2", "engine.activation_checkpointing=true"]),
+]
+
+
+def train_all(directories: list[Path]) -> None:
+    """One rank of several runs after one another."""
+    from train.config import load
+    from train.engine import start_world
+    from train.run import Run
+    from train.rundir import RunDir
+
+    world = start_world()
+    for directory in directories:
+        rundir = RunDir(directory)
+        run = Run(rundir, load(rundir.config), world)
+        run.train()
+        run.close(failed=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """By case: a run of 6 steps, and one that lost all after the checkpoint of step 3 and was started again."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole = [begun(folder, name, 2, *more) for name, more in CASES]
+    run_ranks(train_all, 2, whole)
+    broken = []
+    for directory in whole:
+        copy = directory.with_name(directory.name + "-broken")
+        shutil.copytree(directory, copy)
+        shutil.rmtree(path_of(copy / "checkpoints", 6))
+        broken.append(copy)
+    run_ranks(train_all, 2, broken)
+    return {name: pair for (name, _), *pair in zip(CASES, whole, broken, strict=True)}  # type: ignore[misc]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in a file that DeepSpeed wrote, by its place in it."""
+    found = {}
+
+    def walk(node: Any, place: str) -> None:
+        if torch.is_tensor(node):
+            found[place] = node
+        elif isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{place}/{key}")
+        elif isinstance(node, list | tuple):
+            for index, value in enumerate(node):
+                walk(value, f"{place}/{index}")
+
+    walk(torch.load(path, weights_only=False), "")
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, _ in CASES])
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Any, name: str) -> None:
+    whole, broken = (path_of(directory / "checkpoints", 6) for directory in runs[name])
+    first, second = load_file(whole / WEIGHTS), load_file(broken / WEIGHTS)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    start = load_file(path_of(whole.parent, 3) / WEIGHTS)
+    assert any(not torch.equal(first[key], start[key]) for key in first)
+    files = sorted(path.name for path in whole.glob("*.pt"))
+    assert files
+    for file in files:
+        expected, got = tensors(whole / file), tensors(broken / file)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[place], got[place]) for place in expected), file
+
+
+@pytest.mark.parametrize("name", [name for name, _ in CASES])
+def test_the_metrics_of_a_resumed_run_have_no_seam(runs: Any, name: str) -> None:
+    whole, broken = (read_metrics(directory / "metrics.jsonl") for directory in runs[name])
+    for kind, key in (("train", "loss"), ("train", "learning_rate"), ("train", "gradient_norm"), ("eval", "loss")):
+        expected = [(r["step"], r[key]) for r in whole if r["kind"] == kind]
+        assert expected == [(r["step"], r[key]) for r in broken if r["kind"] == kind]
+    assert [r["step"] for r in whole if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["event"] for r in broken if r["kind"] == "event"] == ["start", "resume", "finish"]
+    times = [r["elapsed_s"] for r in broken]
+    assert times == sorted(times)
+
+
+def test_the_record_of_a_run(runs: Any) -> None:
+    directory, _ = runs["zero2-bf16"]
+    assert steps(directory / "checkpoints") == [3, 6]
+    deepspeed = json.loads((directory / "deepspeed.json").read_text())
+    assert deepspeed["zero_optimization"]["stage"] == 2 and deepspeed["bf16"] == {"enabled": True}
+    environment = json.loads((directory / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["packages"]["torch"] == torch.__version__
+    model = json.loads((directory / "model.json").read_text())
+    weights = load_file(path_of(directory / "checkpoints", 6) / WEIGHTS)
+    assert model["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    train = [r for r in read_metrics(directory / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["tokens"] for r in train] == [256 * step for step in range(1, 7)]
+    assert train[-1]["flops"] == 6 * 256 * model["training_flops_per_token"]
+    assert 0 <= train[-1]["data_wait_share"] < 1
+
+
+def test_rates_are_those_of_the_clock(runs: Any) -> None:
+    """Tokens over tokens per second adds up to no more than the run took, and to a good part of it."""
+    directory, _ = runs["zero2-bf16"]
+    records = read_metrics(directory / "metrics.jsonl")
+    train = [r for r in records if r["kind"] == "train"]
+    seconds = sum(256 / r["tokens_per_s"] for r in train)
+    assert 0.2 * records[-1]["elapsed_s"] < seconds <= records[-1]["elapsed_s"]
+    per_token = train[0]["flops"] / 256
+    assert train[0]["flops_per_s"] / train[0]["tokens_per_s"] == pytest.approx(per_token)
+
+
+def test_evaluation_does_not_depend_on_how_it_is_sharded(runs: Any) -> None:
+    fp32 = [r for r in read_metrics(runs["zero2-fp32-accumulated"][0] / "metrics.jsonl") if r["kind"] == "eval"]
+    prepared = Path(json.loads((runs["zero2-fp32-accumulated"][0] / "data.json").read_text())["prepared"])
+    manifest = json.loads((prepared / "manifest.json").read_text())["splits"]["validation"]
+    assert all(r["tokens_evaluated"] == manifest["tokens"] for r in fp32)
+    assert all(r["bytes_evaluated"] == manifest["bytes"] for r in fp32)
+    import math
+
+    for record in fp32:
+        assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+        nats = record["loss"] * manifest["tokens"]
+        assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / manifest["bytes"])

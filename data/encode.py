@@ -16,7 +16,7 @@ from data.sources import PIECE, Document
 from data.split import Split
 from data.tokenizer import END_OF_TEXT, UNKNOWN
 
-BATCH = 8 * PIECE * (os.cpu_count() or 1)  # characters encoded in one call
+BATCH = 4 * PIECE * (os.cpu_count() or 1)  # characters encoded in one call
 CHECKED_CHARACTERS = 2**20  # the first of the corpus are decoded again,
 CHECKED_EVERY = 64  # and then every so manieth document or piece
 

@@ -4,6 +4,8 @@ Shapes: B batch, T sequence, D model width, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,11 @@ from model.attention import Attention, LayerCache
 from model.heads import LMHead
 from model.layers import GELU, INIT_STD, Embedding, Linear, SwiGLU, make_norm, rotary_table
 
-ACTIVATIONS = {"gelu": GELU, "swiglu": SwiGLU}
+ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": GELU,
+    "gelu_tanh": partial(GELU, approximate="tanh"),
+    "swiglu": SwiGLU,
+}
 
 
 class Block(nn.Module):
@@ -59,7 +65,7 @@ class GPT(nn.Module):
         feedforward_width: inner width; None means 4 width for GELU, and for SwiGLU 8/3 width rounded up to a
             multiple of 64, with which its three matrices hold as much as GELU's two.
         position: "learned" table, or "rotary" with `rotary_base` for the longest wavelength.
-        norm: "layernorm" or "rmsnorm". activation: "gelu" or "swiglu".
+        norm: "layernorm" or "rmsnorm". activation: "gelu" (exact), "gelu_tanh" (GPT-2's) or "swiglu".
         bias: whether linear maps and LayerNorms have biases (the head never has).
         qk_norm: RMSNorm over each query and key head.
         tied: the head's weight is the token table: one Parameter, registered in both modules.
@@ -103,7 +109,7 @@ class GPT(nn.Module):
         check.number("rotary_base", rotary_base, 0, math.inf, include_above=False)
         kv_heads = heads if kv_heads is None else kv_heads
         if feedforward_width is None:
-            feedforward_width = 4 * width if activation == "gelu" else 64 * math.ceil(width / 24)
+            feedforward_width = 64 * math.ceil(width / 24) if activation == "swiglu" else 4 * width
         check.size("kv_heads", kv_heads)
         check.size("feedforward_width", feedforward_width)
         check.divides("width", width, "heads", heads)

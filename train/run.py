@@ -191,12 +191,14 @@ def _due(done: int, every: int | None, total: int) -> bool:
 
 def run(directory: str) -> None:
     """One rank of the run that `train.start.begin` froze in rank 0's `directory`."""
+    rundir = RunDir(directory)
     if int(os.environ.get("RANK", "0")) == 0:
-        rundir = RunDir(directory)
         rundir.lock()
     world = start_world()
     try:
-        rundir = RunDir(world.broadcast(directory)) if world.rank else rundir
+        directory = world.broadcast(directory)  # names may hold a time, which every rank composed for itself
+        if world.rank != 0:
+            rundir = RunDir(directory)
         rank = Run(rundir, load(rundir.config), world)
         failed = True
         try:

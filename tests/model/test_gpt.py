@@ -13,7 +13,7 @@ from tests.model.small import LLAMA, SMALL, small_gpt
 OPTIONS: dict[str, list[Any]] = {
     "position": ["learned", "rotary"],
     "norm": ["layernorm", "rmsnorm"],
-    "activation": ["gelu", "swiglu"],
+    "activation": ["gelu", "gelu_tanh", "swiglu"],
     "bias": [True, False],
     "kv_heads": [None, 2],
     "qk_norm": [False, True],

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from model.layers import GELU, Linear, SwiGLU, make_norm, rotary_table, rotate
 
@@ -39,10 +40,15 @@ def test_rotation_of_bfloat16_is_the_rounded_rotation_of_float32() -> None:
 
 def test_feedforwards_are_their_formulas() -> None:
     x = torch.randn(3, 8)
-    gelu = GELU(8, 16, True, 0.02)
-    inner = F.linear(x, gelu.expand.weight)
-    inner = 0.5 * inner * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (inner + 0.044715 * inner**3)))
-    torch.testing.assert_close(gelu(x), F.linear(inner, gelu.project.weight))
+    exact = GELU(8, 16, True, 0.5)
+    nn.init.normal_(exact.expand.weight)  # wide enough for the two forms to differ
+    inner = F.linear(x, exact.expand.weight)
+    half = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
+    torch.testing.assert_close(exact(x), F.linear(half, exact.project.weight), atol=1e-6, rtol=1e-6)
+    tanh = GELU(8, 16, True, 0.5, approximate="tanh")
+    tanh.load_state_dict(exact.state_dict())
+    half = 0.5 * inner * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (inner + 0.044715 * inner**3)))
+    torch.testing.assert_close(tanh(x), F.linear(half, exact.project.weight), atol=1e-6, rtol=1e-6)
     swiglu = SwiGLU(8, 16, False, 0.02)
     gate, up = F.linear(x, swiglu.expand.weight[:16]), F.linear(x, swiglu.expand.weight[16:])
     torch.testing.assert_close(swiglu(x), F.linear(gate * gate.sigmoid() * up, swiglu.project.weight))

@@ -61,7 +61,7 @@ def test_gpt2() -> None:
     config = GPT2Config(vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4)
     theirs = GPT2LMHeadModel(config)
     state = spread(theirs)
-    ours = GPT(vocabulary_size=97, sequence_length=32, layers=3, width=48, heads=4)
+    ours = GPT(vocabulary_size=97, sequence_length=32, layers=3, width=48, heads=4, activation="gelu_tanh")
     ours.load_state_dict(from_gpt2(state, 3))
     tokens = torch.randint(97, (2, 32))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)

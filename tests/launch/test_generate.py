@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from train.config import Horizon, RunConfig, to_container
 from train.rundir import RunDir
 
 TEXT = "the naïve café: 🙂🙃 the quick brown fox's \t jumps — 日本語\n" * 3
-MODEL = {"layers": 2, "width": 32, "heads": 2, "sequence_length": 64}
+MODEL: dict[str, Any] = {"layers": 2, "width": 32, "heads": 2, "sequence_length": 64}
 DEFAULTS: dict[str, Any] = {
     "prompt": "the ",
     "max_new_tokens": 24,
@@ -59,6 +59,15 @@ def make_run(path: Path, tokenizer: Tokenizer, checkpoints: Iterable[int]) -> Pa
         weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         save_file(weights, path_of(rundir.checkpoints, step) / WEIGHTS)
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small only lose time on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +130,7 @@ def test_the_checkpoint_is_the_newest_or_the_one_asked_for(run: Path) -> None:
 )
 def test_pieces_join_to_what_the_whole_decodes_to(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode(TEXT).ids
-    for start in (0, 1, 2):
+    for start in (0, 1):
         prompt = tokens[:start]
         pieces = list(decoded(tokenizer, prompt, tokens[start:]))
         assert tokenizer.decode(prompt) + "".join(pieces) == tokenizer.decode(tokens)

@@ -1,19 +1,26 @@
 """What every command shares: one-line errors, and objects from `_target_` nodes, arguments checked."""
 
+import difflib
 import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+)
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,8 +55,29 @@ def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error as a single line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an error as a single line; of Hydra's, what helps."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: no such choice; there are {', '.join(error.options)}"
+    if isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, ConfigAttributeError):
+        return _no_such_key(error.__cause__)
+    message = re.sub(r"See https://hydra\S*.*", "", str(error))
+    return " ".join(message.split()) or type(error).__name__
+
+
+def _no_such_key(error: ConfigAttributeError) -> str:
+    key, full_key = str(error.key), str(error.full_key)
+    node = error.parent_node if OmegaConf.is_dict(error.parent_node) else {}
+    names = [str(name) for name in node if name not in ("hydra", "_target_")]
+    if "_target_" in node:
+        names = list(inspect.signature(_locate(node["_target_"], full_key)).parameters)
+    if key in names:
+        return f"{full_key}: is not set in the YAML; to set it, write +{full_key}=..."
+    close = difflib.get_close_matches(key, names, n=1)
+    advice = f"there are {', '.join(names)}" if names else "leave it out"
+    if close:
+        advice = f"did you mean {full_key.removesuffix(key)}{close[0]}?"
+    return f"{full_key}: no such key; {advice}"
 
 
 def instantiate(node: Any, key: str, **extra: Any) -> Any:

@@ -14,7 +14,7 @@ import torch.multiprocessing as multiprocessing
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns on each rank. It must be importable; an error on a rank is raised here."""
+    """What `function(*arguments)` returns on each rank; it must be importable. A rank's error is raised."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,7 +26,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
 
 
 def _rank(
-    rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     os.environ.update(
         RANK=str(rank),

@@ -26,7 +26,13 @@ def overrides(folder: Path) -> list[str]:
     return [
         *("data=text", f"data.source.paths={folder}/text/*.txt", f"data.directory={folder}/prepared"),
         *("tokenizer=bytes", "model=gpt-nano", "track=disabled", "data.validation.share=0.2"),
-        *("sequence_length=32", "global_batch=8", "horizon.steps=6", "horizon.epochs=null", "schedule.warmup=1"),
+        *(
+            "sequence_length=32",
+            "global_batch=8",
+            "horizon.steps=6",
+            "horizon.epochs=null",
+            "schedule.warmup=1",
+        ),
         *("log.every=1", "evaluation.every=3", "checkpoint.every=3", "optim.learning_rate=3e-3"),
     ]
 

@@ -1,7 +1,7 @@
 """`python -m train [group=choice] [key=value] …`: compose the config and start the run's ranks.
 
-By itself it starts engine.ranks processes on this machine (by default one per GPU); under torchrun or deepspeed,
-which have started them already, it is one of them.
+By itself it starts engine.ranks processes on this machine (by default one per GPU); under torchrun or
+deepspeed, which have started them already, it is one of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -31,12 +32,20 @@ def main(node: DictConfig) -> None:
     config = from_hydra(node)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
-        job = HydraConfig.get().job
-        config = replace(config, directory=f"{config.directory}/{job.override_dirname or job.num}")
+        config = replace(config, directory=f"{config.directory}/{_job_name()}")
     if "RANK" in os.environ:
         _join(config)
     else:
         _launch(config, own_process=sweep)
+
+
+def _job_name() -> str:
+    """What tells this job of a sweep from the others: its values of what is swept."""
+    parser, given = OverridesParser.create(), [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
+    swept = {o.key_or_group for o in parser.parse_overrides(given) if o.is_sweep_override()}
+    own = parser.parse_overrides(list(HydraConfig.get().overrides.task))
+    name = ",".join(str(o.input_line) for o in own if o.key_or_group in swept)
+    return name.replace(os.sep, "_") or str(HydraConfig.get().job.num)
 
 
 def _join(config: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: complete under their name or not there at all, the newest few kept.
 
-checkpoints/step-00000100/ holds DeepSpeed's sharded state, and model.safetensors: the whole weights, which need
-neither DeepSpeed nor the same number of ranks to be read.
+checkpoints/step-00000100/ holds DeepSpeed's sharded state, and model.safetensors: the whole weights, which
+need neither DeepSpeed nor the same number of ranks to be read.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ WEIGHTS = "model.safetensors"
 
 def steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints, oldest first."""
-    names = (path.name for path in directory.glob(f"{PREFIX}*") if path.is_dir())
-    return sorted(int(name.removeprefix(PREFIX)) for name in names)
+    numbers = (path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def path_of(directory: Path, step: int) -> Path:

@@ -8,13 +8,13 @@ constructors check their own arguments when they are instantiated.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 WANDB_MODES = ("offline", "online", "disabled")
@@ -141,10 +141,12 @@ def _one_line(error: OmegaConfBaseException) -> str:
     message = str(error).splitlines()[0]
     if not key:
         return message
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: must be set, for example {key}=... on the command line"
     if "not in" in message and key.split(".")[-1] in message:
         known = getattr(error, "object_type", None)
-        names = f"; it has {', '.join(f.name for f in fields(known))}" if hasattr(known, "__dataclass_fields__") else ""
-        return f"{key}: no such key{names}"
+        names = ", ".join(f.name for f in fields(known)) if is_dataclass(known) else ""
+        return f"{key}: no such key{names and '; it has ' + names}"
     return f"{key}: {message[:1].lower()}{message[1:]}"
 
 
@@ -155,6 +157,7 @@ def check(config: RunConfig) -> None:
         ValueError: one line that names the key, what is wrong and what to do.
     """
     _require(bool(config.name.strip()), "name: is empty; give the run a name")
+    _require(0 <= config.seed < 2**63, f"seed: {config.seed} is not between 0 and 2**63; give one that is")
     for key in ("sequence_length", "global_batch", "micro_batch"):
         _positive(key, getattr(config, key))
     given = [f.name for f in fields(Horizon) if getattr(config.horizon, f.name) is not None]
@@ -201,8 +204,8 @@ def check_world(config: RunConfig, world_size: int) -> None:
     size = micro_batch(config, world_size)
     _require(
         size > 0 and config.global_batch % (size * world_size) == 0,
-        f"global_batch: {config.global_batch} is not divisible by micro_batch {size or 1} x ranks {world_size};"
-        " choose a multiple",
+        f"global_batch: {config.global_batch} is not divisible by micro_batch {size or 1} x ranks"
+        f" {world_size}; choose a multiple",
     )
 
 
@@ -254,7 +257,11 @@ def changed(before: RunConfig, after: RunConfig) -> list[str]:
 
 def _differences(key: str, old: Any, new: Any) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in sorted(old.keys() | new.keys()) for d in _differences(f"{key}.{k}", old.get(k), new.get(k))]
+        return [
+            d
+            for k in sorted(old.keys() | new.keys())
+            for d in _differences(f"{key}.{k}", old.get(k), new.get(k))
+        ]
     return [] if old == new else [key]
 
 

@@ -67,16 +67,22 @@ def start_world() -> World:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        environment.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     local_rank = int(environment["LOCAL_RANK"])
-    local_size = int(environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment["WORLD_SIZE"])))
+    local_size = int(
+        environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment["WORLD_SIZE"]))
+    )
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     deepspeed_logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")  # DeepSpeed's own
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=".*torch.distributed.*"
+    )  # DeepSpeed's own
     # Rank 0 may prepare data or compile DeepSpeed's CPU operators while the others wait.
     with quiet():
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
@@ -114,20 +120,25 @@ class Engine:
     """
 
     def __init__(
-        self, config: RunConfig, model: nn.Module, objective: Any, optimizer: torch.optim.Optimizer, world: World
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        objective: Any,
+        optimizer: torch.optim.Optimizer,
+        world: World,
     ) -> None:
         self.world, self.objective, self.model = world, objective, model
         self.seed, self.zero_stage = config.seed, config.engine.zero_stage
         self.precision = config.engine.precision
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
-        model.activation_checkpointing = config.engine.activation_checkpointing
+        model.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
         if config.engine.compile:
-            for block in model.blocks:
+            for block in model.blocks:  # type: ignore[union-attr]
                 block.compile()
         self.peaks = [group["lr"] for group in optimizer.param_groups]  # the schedule multiplies these
-        # Some of DeepSpeed's wrappers take a step with gradients of zero to allocate the optimizer's state. It
-        # must neither decay the weights nor count as a step of Adam's bias correction.
+        # Some of DeepSpeed's wrappers take a step with gradients of zero to allocate the optimizer's state.
+        # It must neither decay the weights nor count as a step of Adam's bias correction.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         with quiet():
@@ -195,10 +206,13 @@ class Engine:
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds between steps: parameters, fp32 master weights and optimizer moments."""
         parameters = list(self.model.parameters())
-        held = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in parameters]
+        # ZeRO-3 holds a share of every parameter, and the small ones whole besides; others are empty here.
+        held = parameters + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
         optimizer = self.engine.basic_optimizer
         masters = self._master_weights()
-        moments = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()]
+        moments = [
+            t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()
+        ]
         return {"parameters": _bytes(held), "master_weights": _bytes(masters), "moments": _bytes(moments)}
 
     def _master_weights(self) -> list[Tensor]:

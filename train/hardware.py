@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -23,15 +24,16 @@ DATASHEET = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-DATASHEET_FP32 = {"H200": 67e12, "H100": 67e12, "A100": 19.5e12, "V100": 15.7e12}
+DATASHEET_FP32 = {"H200": 67e12, "H100 PCIe": 51e12, "H100": 67e12, "A100": 19.5e12, "V100": 15.7e12}
 
 
 def peak_flops(precision: str) -> float | None:
-    """Matrix-product FLOP/s of this rank's device: by datasheet on a known GPU (None on others), measured on a CPU."""
+    """Matrix-product FLOP/s of this device: a GPU's by datasheet (None if unknown), a CPU's measured."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         sheet = DATASHEET_FP32 if precision == "fp32" else DATASHEET
-        return next((peak for part, peak in sheet.items() if part in name), None)
+        # Whole words: an L40 is no L4, an A1000 no A100.
+        return next((peak for part, peak in sheet.items() if re.search(rf"\b{part}\b", name)), None)
     return measure_matmul(DTYPES[precision])
 
 

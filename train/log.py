@@ -15,8 +15,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from data.loader import Loader
@@ -83,7 +89,9 @@ class Log:
         """Move the progress bar to `step` steps done."""
         self._progress.update(self._bar, completed=step)
 
-    def show_train(self, step: int, total_steps: int, loss: float, tokens_per_s: float, seconds_left: float) -> None:
+    def show_train(
+        self, step: int, total_steps: int, loss: float, tokens_per_s: float, seconds_left: float
+    ) -> None:
         """Loss and rate in the progress bar; a line each time where there is no terminal to redraw."""
         self._progress.update(self._bar, loss=f"{loss:.4f}", rate=f"{tokens_per_s:,.0f}")
         if not self.console.is_terminal:
@@ -97,9 +105,11 @@ class Log:
         self.console.print(line, soft_wrap=True, markup=False)
 
     def summary(self) -> None:
-        """The end of the run: the last evaluation beside what compressors reach on the same text, and a sample."""
+        """The end of the run: the last evaluation beside compressors on the same text, and a sample."""
         records = read_metrics(self._rundir.metrics)
         last = {record["kind"]: record for record in records}
+        if "eval" not in last or "baseline" not in last:  # the horizon was drawn in, or the file taken away
+            return
         result, baseline = last["eval"], last["baseline"]
         self.say(
             f"validation loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}\n"
@@ -155,6 +165,8 @@ class Window:
 class Meter:
     """Adds up steps and times them, leaving out what happens while it is paused."""
 
+    _loss_sum: Tensor | float
+
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._reset()
@@ -177,16 +189,16 @@ class Meter:
         """What has been added since the last reading."""
         seconds = time.perf_counter() - self._start
         waited = self._loader.waited_s - self._waited_s
-        window = Window(
-            seconds, waited / seconds, self._steps, self._tokens, self._count, torch.as_tensor(self._loss_sum)
-        )
+        share = waited / seconds
+        loss_sum = torch.as_tensor(self._loss_sum)
+        window = Window(seconds, share, self._steps, self._tokens, self._count, loss_sum)
         self._reset()
         return window
 
     def _reset(self) -> None:
         self._start, self._waited_s = time.perf_counter(), self._loader.waited_s
         self._steps = self._tokens = self._count = 0
-        self._loss_sum: Tensor | float = 0.0
+        self._loss_sum = 0.0
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A run: the frozen config becomes an engine, a loader and a loop. `python -m train.run DIRECTORY` is one rank."""
+"""A run: the frozen config becomes engine, loader and loop. `python -m train.run DIRECTORY` is a rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from data.cli import main_guard, instantiate
+from data.cli import instantiate, main_guard
 from data.loader import Loader, evaluation_batches, training_samples
 from data.order import Order
 from data.shards import TokenStream
@@ -40,10 +40,12 @@ class Run:
         self.schedule = instantiate(config.schedule, "schedule")
         with world.device:
             model = build_model(config, self.stream.vocabulary_size)
-        self.counts = count(model, config.sequence_length)
+        self.counts = count(model, config.sequence_length)  # type: ignore[arg-type]
         optimizer = instantiate(config.optim, "optim")
         groups = decay_groups(model, optimizer.weight_decay)
-        self.engine = Engine(config, model, self.objective, optimizer(groups, config.engine.offload_optimizer), world)
+        self.engine = Engine(
+            config, model, self.objective, optimizer(groups, config.engine.offload_optimizer), world
+        )
         samples = training_samples(self.stream, config.sequence_length)
         self.total_steps = total_steps(config, samples)
         self.shape: dict[str, Any] = {
@@ -93,7 +95,11 @@ class Run:
             deepspeed_config.derive(self.config, self.world.size),
             dataclasses.asdict(self.counts),
             environment(self.world.size)
-            | {"device": hardware.device_name(), "peak_flops_per_s": self.peak_flops, "total_steps": self.total_steps},
+            | {
+                "device": hardware.device_name(),
+                "peak_flops_per_s": self.peak_flops,
+                "total_steps": self.total_steps,
+            },
         )
         if first == 0:
             baselines = {k: self.baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
@@ -102,8 +108,9 @@ class Run:
         self._write("event", first, event=event, message=f"{event} at step {first} of {self.total_steps}")
         parameters = self.counts.parameters
         self.log.say(
-            f"{self.config.directory}: {parameters / 1e6:,.1f} M parameters, {self.stream.tokens:,} training tokens,"
-            f" {self.total_steps:,} steps of {self.tokens_per_step:,} tokens, {self.world.size} rank(s),"
+            f"{self.config.directory}: {parameters / 1e6:,.1f} M parameters,"
+            f" {self.stream.tokens:,} training tokens, {self.total_steps:,} steps of"
+            f" {self.tokens_per_step:,} tokens, {self.world.size} rank(s),"
             f" ZeRO-{self.config.engine.zero_stage}, {self.config.engine.precision}"
         )
         if first:
@@ -145,7 +152,7 @@ class Run:
             self._write("sample", step, prompt=self.config.evaluation.prompt, text=self._sample())
 
     def _sample(self) -> str:
-        """A continuation of the prompt. All ranks draw the same one: under ZeRO-3 each holds part of the model."""
+        """A continuation of the prompt. All ranks draw it: under ZeRO-3 each holds part of the model."""
         prompt = self.tokenizer.encode(self.config.evaluation.prompt).ids or [self.stream.end_of_text]
         tokens = generate(
             self.engine.model,  # type: ignore[arg-type]
@@ -162,7 +169,9 @@ class Run:
         if not self.log:
             return
         if first < self.total_steps:
-            self._write("event", self.total_steps, event="finish", message=f"finished {self.total_steps} steps")
+            self._write(
+                "event", self.total_steps, event="finish", message=f"finished {self.total_steps} steps"
+            )
         self.log.summary()
 
     def close(self, failed: bool) -> None:

@@ -10,6 +10,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +19,17 @@ import yaml
 
 from train.config import RunConfig, changed, load, to_container
 
-PACKAGES = ("torch", "deepspeed", "hydra-core", "datasets", "tokenizers", "transformers", "wandb", "numpy", "flash-attn")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "hydra-core",
+    "datasets",
+    "tokenizers",
+    "transformers",
+    "wandb",
+    "numpy",
+    "flash-attn",
+)
 
 
 class RunDir:
@@ -46,13 +58,15 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = open(self.path / "lock", "a")  # noqa: SIM115  held for the life of the process
         except OSError as error:
-            raise ValueError(f"directory: cannot write to {self.path} ({error.strerror}); choose another") from None
+            raise ValueError(
+                f"directory: cannot write to {self.path} ({error.strerror}); choose another"
+            ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.close()
             raise ValueError(
-                f"directory: another process is training in {self.path}; wait for it, or choose another name=…"
+                f"directory: another process trains in {self.path}; wait for it, or choose another name=…"
             ) from None
         self._lock = handle
 
@@ -60,6 +74,21 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Hold the lock for the block. Where no config is there after it, what was made here goes again."""
+        absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.lock()
+        try:
+            yield
+        finally:
+            if not self.config.exists():
+                (self.path / "lock").unlink(missing_ok=True)
+                with suppress(OSError):  # others use it
+                    for path in absent:
+                        path.rmdir()
+            self.unlock()
 
     def check_resume(self, config: RunConfig, world_size: int) -> None:
         """Refuse to continue this run under a config that would make it another run.
@@ -71,14 +100,22 @@ class RunDir:
             return
         keys = changed(load(self.config), config)
         if keys:
-            others = f" (so {'do' if len(keys) > 2 else 'does'} {', '.join(keys[1:])})" if len(keys) > 1 else ""
+            others = (
+                f" (so {'do' if len(keys) > 2 else 'does'} {', '.join(keys[1:])})" if len(keys) > 1 else ""
+            )
             raise ValueError(
                 f"{keys[0]}: differs from what {self.path} was started with{others};"
                 " undo the change, or choose another name=…"
             )
-        before = json.loads(self.environment.read_text())["world_size"] if self.environment.exists() else world_size
+        before = (
+            json.loads(self.environment.read_text())["world_size"]
+            if self.environment.exists()
+            else world_size
+        )
         if before != world_size:
-            raise ValueError(f"engine.ranks: {self.path} was started with {before} rank(s); continue it with as many")
+            raise ValueError(
+                f"engine.ranks: {self.path} was started with {before} rank(s); continue it with as many"
+            )
 
     def freeze(self, config: RunConfig, prepared: Path) -> None:
         """Write the config and the place of the prepared data that every rank works from.
@@ -93,6 +130,7 @@ class RunDir:
                 f" {prepared.name}); restore it, or choose another name=…"
             )
         write(self.data, content)
+        # Last, because a run is one that has a config.
         write(self.config, yaml.safe_dump(to_container(config), sort_keys=False, allow_unicode=True))
 
     def prepared(self) -> Path:
@@ -101,7 +139,11 @@ class RunDir:
 
     def record(self, deepspeed: dict[str, Any], model: dict[str, Any], environment: dict[str, Any]) -> None:
         """Write what the frozen config became on this machine."""
-        for path, content in ((self.deepspeed, deepspeed), (self.model, model), (self.environment, environment)):
+        for path, content in (
+            (self.deepspeed, deepspeed),
+            (self.model, model),
+            (self.environment, environment),
+        ):
             write(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -129,7 +171,9 @@ def environment(world_size: int) -> dict[str, Any]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

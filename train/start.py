@@ -24,16 +24,17 @@ def begin(config: RunConfig, world_size: int) -> None:
     check_device(config)
     for key in ("objective", "optim", "schedule"):
         instantiate(getattr(config, key), key)
-    rundir = RunDir(config.directory)
-    rundir.lock()
-    rundir.check_resume(config, world_size)
-    prepared = prepare(OmegaConf.create(config.data), OmegaConf.create(config.tokenizer))
-    train = TokenStream(prepared, "train")
-    training_samples(train, config.sequence_length)
     with torch.device("meta"):
-        build_model(config, train.vocabulary_size)
-    rundir.freeze(config, prepared)
-    rundir.unlock()
+        build_model(config, vocabulary_size=1)  # what is wrong with any vocabulary shows before data is made
+    rundir = RunDir(config.directory)
+    with rundir.beginning():
+        rundir.check_resume(config, world_size)
+        prepared = prepare(OmegaConf.create(config.data), OmegaConf.create(config.tokenizer))
+        train = TokenStream(prepared, "train")
+        training_samples(train, config.sequence_length)
+        with torch.device("meta"):
+            build_model(config, train.vocabulary_size)
+        rundir.freeze(config, prepared)
 
 
 def build_model(config: RunConfig, vocabulary_size: int) -> nn.Module:
@@ -46,8 +47,8 @@ def build_model(config: RunConfig, vocabulary_size: int) -> nn.Module:
     node["vocabulary_size"] = node.get("vocabulary_size") or vocabulary_size
     if isinstance(node["vocabulary_size"], int) and node["vocabulary_size"] < vocabulary_size:
         raise ValueError(
-            f"model.vocabulary_size: {node['vocabulary_size']} is smaller than the tokenizer's {vocabulary_size};"
-            " set at least that, or null for the tokenizer's"
+            f"model.vocabulary_size: {node['vocabulary_size']} is smaller than the tokenizer's"
+            f" {vocabulary_size}; set at least that, or null for the tokenizer's"
         )
     torch.manual_seed(config.seed)
     return instantiate(node, "model")

@@ -89,8 +89,8 @@ def test_a_mistake_of_the_user_is_one_line_and_a_bug_a_traceback(capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("data=nope", "error: In 'prepare': Could not find 'data/nope'"),
-        ("data.nope=1", "error: Could not override 'data.nope'"),
+        ("data=nope", "error: data=nope: no such choice; there are csv, "),
+        ("data.nope=1", "error: data.nope: no such key; there are name, source, validation, directory"),
         (
             "+tokenizer.sizee=1",
             "error: tokenizer.sizee: unknown key; data.tokenizer.BPE knows vocabulary_size",

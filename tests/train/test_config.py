@@ -10,7 +10,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from train import config as configs
-from train.config import RunConfig, changed, check_world, from_hydra, load, micro_batch, to_container, total_steps
+from train.config import (
+    RunConfig,
+    changed,
+    check_world,
+    from_hydra,
+    load,
+    micro_batch,
+    to_container,
+    total_steps,
+)
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
 
@@ -74,7 +83,8 @@ def test_fp16_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("horizon", "steps"), [("steps=7", 7), ("tokens=8193", 3), ("tokens=8192", 2), ("epochs=1.5", 15), ("epochs=1", 10)]
+    ("horizon", "steps"),
+    [("steps=7", 7), ("tokens=8193", 3), ("tokens=8192", 2), ("epochs=1.5", 15), ("epochs=1", 10)],
 )
 def test_the_horizon_in_steps(horizon: str, steps: int) -> None:
     config = composed("horizon.epochs=null", f"horizon.{horizon}", "global_batch=16", "sequence_length=256")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ def make_config(global_batch: int = GLOBAL_BATCH, micro_batch: int | None = None
         global_batch=global_batch,
         micro_batch=micro_batch,
         horizon=Horizon(steps=1),
-        engine=EngineConfig(**engine),
+        engine=EngineConfig(threads=1, **engine),  # more would wait for each other in products this small
     )
 
 
@@ -33,13 +35,15 @@ def make_engine(config: RunConfig, dropout: float = 0.0) -> Any:
 
     world = start_world()
     torch.manual_seed(0)
-    model = GPT(vocabulary_size=VOCABULARY, sequence_length=LENGTH, layers=2, width=32, heads=4, dropout=dropout)
+    model = GPT(
+        vocabulary_size=VOCABULARY, sequence_length=LENGTH, layers=2, width=32, heads=4, dropout=dropout
+    )
     optimizer = AdamW(learning_rate=3e-3)(decay_groups(model, 0.1), offload=False)
     return Engine(config, model, Causal(), optimizer, world)
 
 
 def make_batches(config: RunConfig, step: int, rank: int, size: int) -> list[dict[str, torch.Tensor]]:
-    """This rank's part of a global batch that depends on the step alone; sequences differ in tokens with loss."""
+    """This rank's part of a global batch of the step; its sequences differ in how many tokens carry loss."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCABULARY, (config.global_batch, LENGTH), generator=generator)
     labels = (tokens * 3 + 1) % VOCABULARY
@@ -69,29 +73,80 @@ def losses_and_norms(configs: list[RunConfig], steps: int) -> list[tuple[list[fl
     return results
 
 
+def states(folder: str) -> list[dict[str, Any]]:
+    """By ZeRO stage: bytes of state after one step in bf16, and the shapes of the weights that are saved."""
+    from model.gpt import GPT
+    from train.engine import Engine, start_world
+    from train.objective.causal import Causal
+    from train.optim.adamw import AdamW
+    from train.optim.groups import decay_groups
+
+    results = []
+    for stage in range(4):
+        config, world = make_config(zero_stage=stage), start_world()
+        # Wide enough for ZeRO-3 to share out the matrices; it keeps what is small whole.
+        model = GPT(vocabulary_size=VOCABULARY, sequence_length=LENGTH, layers=2, width=256, heads=4)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        optimizer = AdamW(learning_rate=3e-3)(decay_groups(model, 0.1), offload=False)
+        engine = Engine(config, model, Causal(), optimizer, world)
+        engine.train_step(0, make_batches(config, 0, world.rank, world.size))
+        weights = engine.save(Path(folder), f"stage-{stage}", {})
+        saved = None if weights is None else {name: tuple(weight.shape) for name, weight in weights.items()}
+        results.append({"bytes": engine.state_bytes(), "shapes": shapes, "saved": saved})
+    return results
+
+
+CASES = [
+    *[("fp32", stage, None) for stage in range(4)],
+    *[("fp32", stage, 2) for stage in (0, 2)],
+    *[("bf16", stage, None) for stage in range(4)],
+]
+
+
+def everything(folder: str) -> tuple[list[tuple[list[float], list[float]]], list[dict[str, Any]]]:
+    """One rank of all that this module looks at: 50 steps of every case, and the states."""
+    configs = [make_config(precision=p, zero_stage=stage, micro_batch=micro) for p, stage, micro in CASES]
+    return losses_and_norms(configs, 50), states(folder)
+
+
 @pytest.fixture(scope="module")
-def fp32_runs() -> dict[tuple[int, int, int | None], tuple[list[float], list[float]]]:
-    """Losses and norms of 50 fp32 steps by (ranks, ZeRO stage, micro batch)."""
-    runs = {}
-    for ranks in (1, 2):
-        cases = [(stage, micro) for stage in (0, 1, 2, 3) for micro in (None, 2)]
-        configs = [make_config(precision="fp32", zero_stage=stage, micro_batch=micro) for stage, micro in cases]
-        results = run_ranks(losses_and_norms, ranks, configs, 50)
-        assert all(result == results[0] for result in results)
-        runs.update({(ranks, *case): result for case, result in zip(cases, results[0], strict=True)})
-    return runs
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
+    """What each rank found, by the number of ranks."""
+    return {n: run_ranks(everything, n, str(tmp_path_factory.mktemp("states"))) for n in (1, 2)}
 
 
-def test_fp32_losses_do_not_depend_on_ranks_stage_or_micro_batch(fp32_runs: Any) -> None:
-    reference, norms = fp32_runs[(1, 0, None)]
+def runs_of(worlds: dict[int, list[Any]], precision: str) -> dict[tuple[int, int, int | None], Any]:
+    """Losses and norms by (ranks, ZeRO stage, micro batch)."""
+    assert all(runs == ranks[0][0] for ranks in worlds.values() for runs, _ in ranks)
+    return {
+        (size, stage, micro): result
+        for size, ranks in worlds.items()
+        for (kind, stage, micro), result in zip(CASES, ranks[0][0], strict=True)
+        if kind == precision
+    }
+
+
+def test_fp32_losses_do_not_depend_on_ranks_stage_or_micro_batch(worlds: Any) -> None:
+    runs = runs_of(worlds, "fp32")
+    reference, norms = runs[(1, 0, None)]
     assert reference[-1] < reference[0] - 1  # it learns, so agreement is not that of a standstill
     assert all(norm > 0 for norm in norms)
-    for case, (losses, other_norms) in fp32_runs.items():
+    assert len(runs) == 12
+    for case, (losses, other_norms) in runs.items():
         assert losses == pytest.approx(reference, abs=1e-4), case
         assert other_norms == pytest.approx(norms, rel=1e-3), case
 
 
-def test_fp32_engine_equals_a_plain_pytorch_loop(fp32_runs: Any) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_fp32_engine_equals_a_plain_pytorch_loop(worlds: Any) -> None:
     from model.gpt import GPT
     from train.optim.groups import decay_groups
 
@@ -108,16 +163,41 @@ def test_fp32_engine_equals_a_plain_pytorch_loop(fp32_runs: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert fp32_runs[(2, 2, 2)][0] == pytest.approx(losses, abs=1e-4)
-    assert fp32_runs[(2, 2, 2)][1] == pytest.approx(norms, rel=1e-3)
+    assert runs_of(worlds, "fp32")[(2, 2, 2)][0] == pytest.approx(losses, abs=1e-4)
+    assert runs_of(worlds, "fp32")[(2, 2, 2)][1] == pytest.approx(norms, rel=1e-3)
 
 
-def test_bf16_losses_agree_between_stages_and_ranks() -> None:
-    runs = []
-    for ranks in (1, 2):
-        configs = [make_config(zero_stage=stage) for stage in (0, 1, 2, 3)]
-        runs += run_ranks(losses_and_norms, ranks, configs, 50)[0]
-    reference = runs[0][0]
+def test_bf16_losses_agree_between_stages_and_ranks(worlds: Any) -> None:
+    runs = runs_of(worlds, "bf16")
+    reference, _ = runs[(1, 0, None)]
     assert reference[-1] < reference[0] - 1
-    for losses, _ in runs:
-        assert losses == pytest.approx(reference, abs=2e-2)
+    assert len(runs) == 8
+    for case, (losses, _) in runs.items():
+        assert losses == pytest.approx(reference, abs=2e-2), case
+
+
+PERSISTENT = (
+    100_000  # elements up to which ZeRO-3 keeps a parameter whole (stage3_param_persistence_threshold)
+)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_state_of_a_rank_shrinks_as_theory_says(worlds: Any, ranks: int, stage: int) -> None:
+    """Rajbhandari et al. 2020 (arXiv 1910.02054, section 3 and figure 1), up to padding."""
+    for _, found in worlds[ranks]:
+        sizes = [math.prod(shape) for shape in found[stage]["shapes"].values()]
+        total, small = sum(sizes), sum(size for size in sizes if size <= PERSISTENT)
+        shared = total / (ranks if stage > 0 else 1)
+        parameters = 2 * (total / ranks + small) if stage == 3 else 2 * total
+        expected = {"parameters": parameters, "master_weights": 4 * shared, "moments": 8 * shared}
+        assert small < total / 5
+        assert found[stage]["bytes"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_whole_weights_are_saved_once_by_rank_0(worlds: Any, ranks: int) -> None:
+    for rank, (_, found) in enumerate(worlds[ranks]):
+        for state in found:
+            assert state["saved"] == (state["shapes"] if rank == 0 else None)
+            assert "head.weight" not in state["shapes"]  # tied to the embedding

@@ -40,7 +40,7 @@ def train_all(directories: list[Path]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """By case: a run of 6 steps, and one that lost all after the checkpoint of step 3 and was started again."""
+    """By case: a run of 6 steps, and one that lost all after its checkpoint of step 3 and was begun again."""
     folder = tmp_path_factory.mktemp("runs")
     whole = [begun(folder, name, 2, *more) for name, more in CASES]
     run_ranks(train_all, 2, whole)
@@ -91,7 +91,12 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Any, name: str) -> 
 @pytest.mark.parametrize("name", [name for name, _ in CASES])
 def test_the_metrics_of_a_resumed_run_have_no_seam(runs: Any, name: str) -> None:
     whole, broken = (read_metrics(directory / "metrics.jsonl") for directory in runs[name])
-    for kind, key in (("train", "loss"), ("train", "learning_rate"), ("train", "gradient_norm"), ("eval", "loss")):
+    for kind, key in (
+        ("train", "loss"),
+        ("train", "learning_rate"),
+        ("train", "gradient_norm"),
+        ("eval", "loss"),
+    ):
         expected = [(r["step"], r[key]) for r in whole if r["kind"] == kind]
         assert expected == [(r["step"], r[key]) for r in broken if r["kind"] == kind]
     assert [r["step"] for r in whole if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
@@ -129,7 +134,9 @@ def test_rates_are_those_of_the_clock(runs: Any) -> None:
 
 
 def test_evaluation_does_not_depend_on_how_it_is_sharded(runs: Any) -> None:
-    fp32 = [r for r in read_metrics(runs["zero2-fp32-accumulated"][0] / "metrics.jsonl") if r["kind"] == "eval"]
+    fp32 = [
+        r for r in read_metrics(runs["zero2-fp32-accumulated"][0] / "metrics.jsonl") if r["kind"] == "eval"
+    ]
     prepared = Path(json.loads((runs["zero2-fp32-accumulated"][0] / "data.json").read_text())["prepared"])
     manifest = json.loads((prepared / "manifest.json").read_text())["splits"]["validation"]
     assert all(r["tokens_evaluated"] == manifest["tokens"] for r in fp32)

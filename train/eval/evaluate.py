@@ -13,7 +13,7 @@ from train.engine import Batch, Engine
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: mean nats per token. perplexity: exp(loss). bits_per_byte: all nats over ln 2 and all bytes of text."""
+    """loss: mean nats per token. perplexity: exp(loss). bits_per_byte: all nats / ln 2 / bytes of text."""
 
     loss: float
     perplexity: float
@@ -35,12 +35,12 @@ def evaluate(engine: Engine, batches: Iterable[Batch], text_bytes: int) -> Evalu
         loss_sum, count = engine.evaluate(batch)
         losses += loss_sum
         tokens += count
-    nats, count = engine.world.sum(losses, tokens)
-    loss = nats / count
+    nats, evaluated = engine.world.sum(losses, tokens)
+    loss = nats / evaluated
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         bits_per_byte=nats / math.log(2) / text_bytes,
-        tokens_evaluated=int(count),
+        tokens_evaluated=int(evaluated),
         bytes_evaluated=text_bytes,
     )

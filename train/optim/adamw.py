@@ -25,11 +25,12 @@ class AdamW:
         weight_decay: float = 0.1,
     ) -> None:
         if not learning_rate > 0:
-            raise ValueError(f"learning_rate: {learning_rate} is not positive")
+            raise ValueError(f"optim.learning_rate: {learning_rate} is not positive; give a number above 0")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas: {list(betas)} are not two numbers in [0, 1)")
-        if eps < 0 or weight_decay < 0:
-            raise ValueError(f"{'eps' if eps < 0 else 'weight_decay'}: is negative")
+            raise ValueError(f"optim.betas: {list(betas)} are not two numbers from 0 to below 1; give two")
+        for key, value in (("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"optim.{key}: {value} is negative; give 0 or more")
         self.learning_rate = float(learning_rate)
         self.betas = (float(betas[0]), float(betas[1]))
         self.eps = float(eps)
@@ -37,7 +38,7 @@ class AdamW:
 
     def __call__(self, groups: list[dict[str, Any]], offload: bool) -> torch.optim.Optimizer:
         """The optimizer over `groups`; with `offload` on a GPU machine, DeepSpeed's vectorized CPU one."""
-        settings = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
+        settings: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
         if offload and torch.cuda.is_available():
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 

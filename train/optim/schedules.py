@@ -15,9 +15,9 @@ class Schedule:
 
     def __init__(self, warmup: float = 0.01, final: float = 0.1) -> None:
         if warmup < 0:
-            raise ValueError(f"warmup: {warmup} is negative; give steps, or below 1 a share of them")
+            raise ValueError(f"schedule.warmup: {warmup} is negative; give steps, or below 1 a share of them")
         if not 0 <= final <= 1:
-            raise ValueError(f"final: {final} is not between 0 and 1")
+            raise ValueError(f"schedule.final: {final} is not between 0 and 1; give a share of the peak")
         self.warmup = warmup
         self.final = final
 

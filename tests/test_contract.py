@@ -1,0 +1,141 @@
+"""Every choice below conf/ composes, builds and trains: found by glob, so that none can be forgotten."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from data.cli import instantiate
+from tests.distributed import run_ranks
+from tests.tiny import ROOT, config
+from train.config import check_world, from_hydra
+from train.start import build_model
+
+CONF = ROOT / "conf"
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+TRAINED = list(
+    product(*([c for g, c in CHOICES if g == group] for group in ("optim", "schedule", "objective")))
+)
+VOCABULARY = 50304  # where the tokenizer does not say
+
+
+def names(group: str) -> list[str]:
+    return [choice for own, choice in CHOICES if own == group]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def targets(node: Any, key: str = "") -> list[tuple[str, DictConfig]]:
+    """The outermost nodes that name a class, with their keys."""
+    if not isinstance(node, DictConfig):
+        return []
+    if "_target_" in node:
+        return [(key, node)]
+    return [found for name in node for found in targets(node._get_node(name), f"{key}.{name}".strip("."))]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands where a choice asks for a path."""
+    path = tmp_path_factory.mktemp("contract") / "file.json"
+    path.write_text("{}")
+    return path
+
+
+def test_every_yaml_is_found() -> None:
+    assert set(CONF.rglob("*.yaml")) == {
+        *(CONF / group / f"{choice}.yaml" for group, choice in CHOICES),
+        *CONF.glob("*.yaml"),
+    }
+    assert {
+        "model",
+        "data",
+        "tokenizer",
+        "objective",
+        "optim",
+        "schedule",
+        "engine",
+        "track",
+        "experiment",
+    } <= {group for group, _ in CHOICES}
+    assert TRAINED
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_command_composes(path: Path) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose(path.stem)
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_its_classes_take_it(group: str, choice: str, file: Path) -> None:
+    whole = composed(f"{group}={choice}")
+    for key in OmegaConf.missing_keys(whole):
+        OmegaConf.update(whole, key, str(file))
+    config = from_hydra(whole)
+    part = whole if group == "experiment" else whole[group]
+    for key, node in targets(part, "" if group == "experiment" else group):
+        if key == "model":
+            continue
+        assert instantiate(node, key) is not None
+    vocabulary = config.tokenizer.get("vocabulary_size", VOCABULARY)
+    if group in ("model", "experiment"):
+        with torch.device("meta"):
+            model = build_model(config, vocabulary)
+        assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("choice", names("experiment"))
+def test_every_experiment_divides_over_its_ranks(choice: str) -> None:
+    config = from_hydra(composed(f"experiment={choice}"))
+    assert config.name == choice
+    check_world(config, config.engine.ranks or 1)
+    if config.engine.ranks is None and config.micro_batch:
+        check_world(config, 8)
+
+
+def two_steps(folder: str) -> list[tuple[list[float], bool]]:
+    """Losses of two steps of each way to train, and whether they changed every weight to a number."""
+    from train.engine import Engine, start_world
+    from train.optim.groups import decay_groups
+
+    world = start_world()
+    random = np.random.default_rng(0)
+    samples = [tuple(random.integers(64, size=(2, 32))) for _ in range(8)]
+    results = []
+    for optim, schedule, objective in TRAINED:
+        choices = (f"optim={optim}", f"schedule={schedule}", f"objective={objective}")
+        run = config(Path(folder), *choices, "engine.threads=1")
+        model = build_model(run, 64)
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        trained, rate = instantiate(run.objective, "objective"), instantiate(run.schedule, "schedule")
+        optimizer = instantiate(run.optim, "optim")
+        groups = decay_groups(model, optimizer.weight_decay)
+        engine = Engine(run, model, trained, optimizer(groups, offload=False), world)
+        losses = []
+        for step in range(2):
+            engine.set_learning_rate(rate(step, 2))
+            result = engine.train_step(step, [trained.collate(samples)])
+            losses.append(float(result.loss_sum) / result.count)
+        after = engine.save(Path(folder), f"{optim}-{schedule}-{objective}", {}) or {}
+        moved = all(after[name].isfinite().all() and not after[name].equal(before[name]) for name in before)
+        results.append((losses, moved))
+    return results
+
+
+def test_every_way_to_train_takes_two_steps(tmp_path: Path) -> None:
+    (results,) = run_ranks(two_steps, 1, str(tmp_path))
+    for way, (losses, moved) in zip(TRAINED, results, strict=True):
+        assert all(0 < loss < 100 for loss in losses), way
+        assert losses[1] < losses[0], way
+        assert moved, way

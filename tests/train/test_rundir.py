@@ -1,0 +1,187 @@
+"""The run directory: who may write to it, and which run may go on in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ROOT, config
+from train.config import load
+from train.rundir import RunDir, environment, write
+
+HOLD = """
+import sys
+from train.rundir import RunDir
+rundir = RunDir(sys.argv[1])
+rundir.lock()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def frozen(
+    folder: Path, *overrides: str, prepared: str = "prepared/text-0123", world_size: int = 2
+) -> RunDir:
+    """A run directory as it stands once training has begun."""
+    rundir = RunDir(folder / "run")
+    rundir.path.mkdir(exist_ok=True)
+    rundir.freeze(config(folder, *overrides), folder / prepared)
+    rundir.record({}, {}, {"world_size": world_size})
+    return rundir
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, directory],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdin and first.stdout
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(
+            ValueError, match="^directory: another process trains in .*; wait for it"
+        ) as caught:
+            RunDir(directory).lock()
+        assert "\n" not in str(caught.value)
+    finally:
+        first.kill()
+        first.wait()
+    rundir = RunDir(directory)
+    rundir.lock()
+    with pytest.raises(ValueError, match="another process"):
+        RunDir(directory).lock()
+    rundir.unlock()
+    RunDir(directory).lock()
+
+
+def test_a_directory_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="^directory: cannot write to .*file/run .*; choose another$"):
+        RunDir(tmp_path / "file" / "run").lock()
+
+
+def test_a_read_only_directory_cannot_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user writes to read-only directories")
+        with pytest.raises(ValueError, match="^directory: cannot write to "):
+            RunDir(tmp_path / "run").lock()
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.width=32"], "model.width: differs from what"),
+        (["data.validation.share=0.1"], "data.validation.share: differs"),
+        (["tokenizer=characters"], "tokenizer._target_: differs"),
+        (["optim.learning_rate=1"], "optim.learning_rate: differs"),
+        (
+            ["seed=1", "model.width=32"],
+            r"seed: differs from \S+ \S+ was started with \(so does model.width\)",
+        ),
+        (["engine=zero3"], "engine.zero_stage: differs"),
+    ],
+)
+def test_a_changed_run_is_refused_by_name(tmp_path: Path, overrides: list[str], message: str) -> None:
+    rundir = frozen(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"^({message}).*; undo the change, or choose another name="
+    ) as caught:
+        rundir.check_resume(config(tmp_path, *overrides), 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_changed_keys_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        frozen(tmp_path).check_resume(config(tmp_path, "seed=1", "model.width=32", "model.heads=2"), 2)
+    assert all(key in str(caught.value) for key in ("seed", "model.width", "model.heads"))
+
+
+def test_what_may_change_and_a_new_directory_are_accepted(tmp_path: Path) -> None:
+    frozen(tmp_path).check_resume(config(tmp_path, "horizon.steps=9", "log.every=2", "name=other"), 2)
+    RunDir(tmp_path / "new").check_resume(config(tmp_path), 7)
+
+
+def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    rundir = frozen(tmp_path, world_size=2)
+    with pytest.raises(
+        ValueError, match=r"^engine.ranks: \S+ was started with 2 rank\(s\); continue it with"
+    ):
+        rundir.check_resume(config(tmp_path), 4)
+
+
+def test_another_corpus_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    rundir = frozen(tmp_path)
+    before = {path.name: path.read_bytes() for path in rundir.path.iterdir()}
+    with pytest.raises(ValueError, match="^data: the corpus has changed .*text-0123, now text-4567"):
+        rundir.freeze(config(tmp_path, "log.every=7"), tmp_path / "prepared" / "text-4567")
+    assert {path.name: path.read_bytes() for path in rundir.path.iterdir()} == before
+
+
+def test_what_was_frozen_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rundir = frozen(tmp_path, "horizon.steps=9")
+    rundir.freeze(config(tmp_path, "horizon.steps=11"), Path("prepared/text-0123"))
+    assert load(rundir.config) == config(tmp_path, "horizon.steps=11")
+    monkeypatch.chdir("/")
+    assert rundir.prepared() == tmp_path / "prepared" / "text-0123"
+    assert json.loads(rundir.environment.read_text()) == {"world_size": 2}
+
+
+def test_nothing_stays_of_a_beginning_that_fails(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path / "runs" / "deep" / "run")
+    with pytest.raises(RuntimeError), rundir.beginning():
+        assert (rundir.path / "lock").exists()
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_resume_takes_nothing_away(tmp_path: Path) -> None:
+    rundir = frozen(tmp_path)
+    before = sorted(rundir.path.iterdir())
+    with pytest.raises(RuntimeError), rundir.beginning():
+        raise RuntimeError
+    assert sorted(set(rundir.path.iterdir()) - {rundir.path / "lock"}) == before
+    own = tmp_path / "own"  # what someone made before is kept
+    own.mkdir()
+    with pytest.raises(RuntimeError), RunDir(own).beginning():
+        raise RuntimeError
+    assert own.exists() and not list(own.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write(path, "old")
+
+    def full(self: Path, text: str) -> int:
+        with open(self, "w") as file:
+            file.write(text[:2])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            write(path, "new content")
+    assert path.read_text() == "old"
+    write(path, "new content")
+    assert path.read_text() == "new content"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_environment_is_that_of_this_process() -> None:
+    found = environment(3)
+    assert found["world_size"] == 3
+    assert found["python"].split(".")[:2] == [str(part) for part in sys.version_info[:2]]
+    assert {"torch", "deepspeed", "hydra-core"} <= found["packages"].keys()

@@ -1,0 +1,83 @@
+"""What happens before there are ranks: all checks, the data, the frozen config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import begun, config, corpus
+from train.config import load
+from train.start import begin, build_model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    corpus(folder / "text", documents=12)
+    return folder
+
+
+def test_a_run_begins_with_its_config_and_its_data(text: Path) -> None:
+    directory = begun(text, "whole", 2)
+    expected = config(text, f"directory={directory}", "name=whole")
+    assert load(directory / "config.yaml") == expected
+    prepared = Path(json.loads((directory / "data.json").read_text())["prepared"])
+    assert (prepared / "manifest.json").is_file() and prepared.is_absolute()
+    assert sorted(path.name for path in directory.iterdir()) == ["config.yaml", "data.json", "lock"]
+    assert begun(text, "whole", 2, "horizon.steps=9") == directory
+    assert load(directory / "config.yaml").horizon.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("global_batch=9", "global_batch: 9 is not divisible by micro_batch 4 x ranks 2"),
+        ("model.heads=5", "model.width: 64 is not divisible by heads 5"),
+        ("model.width=wide", "model.width: 'wide' is not int"),
+        ("+model.widht=3", "model.widht: unknown key; model.gpt.GPT knows vocabulary_size, sequence_length"),
+        ("model.vocabulary_size=100", "model.vocabulary_size: 100 is smaller than the tokenizer's 257"),
+        ("optim.learning_rate=0", "optim.learning_rate: 0 is not positive"),
+        ("schedule.final=2", "schedule.final: 2 is not between 0 and 1"),
+        ("+objective.smoothing=1", "objective.smoothing: unknown key"),
+        ("+data.size=1", "data.size: unknown key"),
+        ("data.source.paths=/absent/*.txt", "data.source.paths: /absent/*.txt matches no file"),
+        ("sequence_length=1000000", "sequence_length: 1000000 is longer than the"),
+    ],
+)
+def test_a_mistake_leaves_no_run_directory(text: Path, override: str, message: str) -> None:
+    before = sorted((text / "prepared").glob("*"))
+    with pytest.raises(ValueError) as caught:
+        begun(text, "mistaken", 2, override)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert not (text / "runs" / "mistaken").exists()
+    assert [path for path in (text / "prepared").glob("*") if not (path / "manifest.json").exists()] == []
+    if override.startswith("model.heads"):  # found before any data is made
+        assert sorted((text / "prepared").glob("*")) == before
+
+
+def test_a_resume_on_a_changed_corpus_is_refused(tmp_path: Path) -> None:
+    directory = begun(tmp_path, "run", 1)
+    frozen = (directory / "config.yaml").read_text()
+    (tmp_path / "text" / "000.txt").write_text("other words, many of them\n" * 50)
+    with pytest.raises(ValueError, match="^data: the corpus has changed since .*/run was started"):
+        begin(config(tmp_path, f"directory={directory}", "name=run", "horizon.steps=9"), 1)
+    assert (directory / "config.yaml").read_text() == frozen
+
+
+def test_the_model_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    first, again, other = (build_model(config(tmp_path, f"seed={seed}"), 300) for seed in (1, 1, 2))
+    weights = [dict(model.named_parameters()) for model in (first, again, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["embedding.weight"], weights[2]["embedding.weight"])
+    assert weights[0]["embedding.weight"].shape[0] == 300
+
+
+def test_a_larger_vocabulary_may_be_set(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = build_model(config(tmp_path, "model.vocabulary_size=320"), 300)
+    assert model.get_parameter("embedding.weight").shape[0] == 320
+    assert model.get_parameter("embedding.weight").is_meta

@@ -1,30 +1,28 @@
 # Each target stands alone on a fresh clone: it makes .venv, installs the pinned packages and does its job.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check
 .DEFAULT_GOAL := demo
 
-.venv/installed: requirements.lock
+$(VENV)/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "make: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	@touch $@
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python -m train experiment=demo
 	$(BIN)/python -m launch.report runs/demo
 
-test: .venv/installed
+test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-check: .venv/installed
+check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-
-clean:
-	rm -rf .venv prepared runs bench .pytest_cache .mypy_cache .ruff_cache

@@ -48,7 +48,8 @@ def one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # of several ranks one tells
+                print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
 
     return guarded

@@ -14,7 +14,7 @@ from data.heldout import HeldOutCompression
 from data.shards import SPLITS, SplitWriter, token_dtype
 from data.sources import PIECE, Document
 from data.split import Split
-from data.tokenizer import END_OF_TEXT, UNKNOWN
+from data.tokenizer import END_OF_TEXT, UNKNOWN, vocabulary_size
 
 BATCH = 4 * PIECE * (os.cpu_count() or 1)  # characters encoded in one call
 CHECKED_CHARACTERS = 2**20  # the first of the corpus are decoded again,
@@ -65,7 +65,7 @@ def write_splits(
     passed: called with each document once it is written. Returns {"splits": their entries in the manifest,
     "round_trip": {"checked", "unequal"}}. Raises ValueError where a split gets no text.
     """
-    dtype = token_dtype(tokenizer.get_vocab_size())
+    dtype = token_dtype(vocabulary_size(tokenizer))
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype)
     writers = {split: SplitWriter(folder, split, dtype) for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)

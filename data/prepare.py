@@ -26,7 +26,14 @@ from data.exclusive import exclusive
 from data.shards import MANIFEST, read_manifest, token_dtype
 from data.sources import Document, Source
 from data.split import SplitRule
-from data.tokenizer import END_OF_TEXT, TokenizerRecipe, capped, load_tokenizer, save_tokenizer
+from data.tokenizer import (
+    END_OF_TEXT,
+    TokenizerRecipe,
+    capped,
+    load_tokenizer,
+    save_tokenizer,
+    vocabulary_size,
+)
 
 VERSION = 1  # of this package: raise it when the same text and settings would give other files
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -92,8 +99,8 @@ def _make(job: Job, folder: Path, meter: "Meter") -> None:
         "fingerprint": job.fingerprint,
         "settings": job.settings,
         "inputs": job.inputs,
-        "vocabulary_size": tokenizer.get_vocab_size(),
-        "dtype": token_dtype(tokenizer.get_vocab_size()).name,
+        "vocabulary_size": vocabulary_size(tokenizer),
+        "dtype": token_dtype(vocabulary_size(tokenizer)).name,
         "end_of_text": tokenizer.token_to_id(END_OF_TEXT),
         "encode_seconds": round(time.perf_counter() - started, 3),
         **written,

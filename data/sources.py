@@ -243,7 +243,7 @@ def _expand(paths: list[str]) -> list[Path]:
     """The files that paths and globs name, each once. Raises ValueError where one names none."""
     found: dict[Path, None] = {}
     for pattern in paths:
-        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
+        matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
         files = [match for match in matches if match.is_file()]
         if not files:
             what = "is a folder; name its files, for example with /*.txt" if matches else "matches no file"

@@ -192,6 +192,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: an existing tokenizer may leave ids out."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def capped(texts: Iterator[str], size: int) -> Iterator[str]:
     """The texts up to `size` bytes of UTF-8, the last one included."""
     for text in texts:

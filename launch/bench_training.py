@@ -35,6 +35,7 @@ ZERO_STAGE = 1
 PEAK_SIZES = (2048, 4096)
 PEAK_READINGS = 10  # over a contest
 LAST_STEPS = 10  # that the final loss is the mean of
+LEARNING_RATE, WARMUP_STEPS = 1e-3, 20
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ def make_loader(shape: Shape, prepared: Path) -> Loader:
     return Loader(stream, order, Causal().collate, **sizes, rank=0, world_size=1)
 
 
+def warmup(step: int) -> float:
+    """Multiplier of the learning rate. Without it training starts so wildly that no losses compare."""
+    return min(1.0, (step + 1) / WARMUP_STEPS)
+
+
 class PlainLoop:
     """What one writes first: eager, fp32, logits of the whole batch, clipping, AdamW with its defaults."""
 
@@ -94,6 +100,8 @@ class PlainLoop:
     def train_step(self, step: int, batches: list[Batch]) -> float:
         """The mean token loss in nats before the step."""
         (batch,) = batches
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warmup(step)
         logits_BTV = self.model(batch["tokens"])
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), batch["labels"].flatten())
         loss.backward()
@@ -113,12 +121,13 @@ class EngineLoop:
             horizon=Horizon(steps=1),
             engine=EngineConfig(zero_stage=zero_stage, precision=PRECISIONS[ENGINE]),
         )
-        like_torch = AdamW(1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+        like_torch = AdamW(LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
         groups = [{"params": list(model.parameters()), "weight_decay": like_torch.weight_decay}]
         self.engine = Engine(config, model, Causal(), like_torch(groups, offload=False), world)
 
     def train_step(self, step: int, batches: list[Batch]) -> float:
         """The mean token loss in nats before the step."""
+        self.engine.set_learning_rate(warmup(step))
         result = self.engine.train_step(step, batches)
         return result.loss_sum.item() / result.count
 

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 
 from data.cli import main_guard, one_line_errors
-from data.tokenizer import END_OF_TEXT, load_tokenizer
+from data.tokenizer import END_OF_TEXT, load_tokenizer, vocabulary_size
 from model.generate import generate
 from model.gpt import GPT
 from train.checkpoint import load_weights
@@ -115,7 +115,7 @@ def load_model(directory: Path, step: int | None = None) -> tuple[GPT, Tokenizer
     tokenizer = load_tokenizer(rundir.tokenizer)
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "cpu"):
-        model = build_model(config, tokenizer.get_vocab_size())
+        model = build_model(config, vocabulary_size(tokenizer))
     if not isinstance(model, GPT):
         raise ValueError(f"{rundir.config}: model {type(model).__name__} does not generate text")
     model.to(DTYPES[config.engine.precision] if on_gpu else torch.float32)

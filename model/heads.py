@@ -27,8 +27,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, gradients: bool) -> Tensor:
         chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // weight_VD.shape[0])
+        # A sum over many tokens, before any loss scale or mean, leaves the range of fp16.
+        dtype = torch.float32 if hidden_ND.dtype == torch.float16 else hidden_ND.dtype
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
-        d_hidden_ND = torch.empty_like(hidden_ND) if gradients else None
+        d_hidden_ND = torch.empty_like(hidden_ND, dtype=dtype) if gradients else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if gradients else None
         for start in range(0, hidden_ND.shape[0], chunk):
             hidden_CD, labels_C = hidden_ND[start : start + chunk], labels_N[start : start + chunk]
@@ -39,18 +41,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if d_hidden_ND is not None and d_weight_VD is not None:
                 d_CV = log_p_CV.exp_()
                 d_CV.scatter_add_(1, target_C1, d_CV.new_full((1, 1), -1).expand_as(target_C1))
-                d_CV = d_CV.to(hidden_ND.dtype)  # ignored rows drop out below, where they are narrower
-                d_hidden_ND[start : start + chunk] = (d_CV @ weight_VD) * counted_C1
-                d_weight_VD += d_CV.T @ (hidden_CD * counted_C1)
+                d_CV = d_CV.to(dtype)  # ignored rows drop out below, where they are narrower
+                d_hidden_ND[start : start + chunk] = (d_CV @ weight_VD.to(dtype)) * counted_C1
+                d_weight_VD += d_CV.T @ (hidden_CD * counted_C1).to(dtype)
         if d_hidden_ND is not None and d_weight_VD is not None:
-            ctx.save_for_backward(d_hidden_ND, d_weight_VD.to(weight_VD.dtype))
+            ctx.save_for_backward(d_hidden_ND, d_weight_VD.to(dtype))
+            ctx.dtype = hidden_ND.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden_ND, d_weight_VD = ctx.saved_tensors
-        return d_hidden_ND * d_loss, d_weight_VD * d_loss, None, None  # a 0-d factor keeps their dtypes
+        # A factor without dimensions keeps their dtype.
+        return (d_hidden_ND * d_loss).to(ctx.dtype), (d_weight_VD * d_loss).to(ctx.dtype), None, None
 
 
 class LMHead(nn.Module):

@@ -44,6 +44,20 @@ def _rank(
     )
     from train.engine import start_world, stop_world
 
+    _share_out_everything()
     start_world()
     Path(folder, str(rank)).write_bytes(pickle.dumps(function(*arguments)))
     stop_world()
+
+
+def _share_out_everything() -> None:
+    """Have ZeRO-3 partition small parameters too, as it does those of models of a real size."""
+    from train import deepspeed_config
+
+    derived = deepspeed_config._zero
+
+    def zero(config: Any) -> dict[str, Any]:
+        smallest = {"stage3_param_persistence_threshold": 0} if config.engine.zero_stage == 3 else {}
+        return derived(config) | smallest
+
+    deepspeed_config._zero = zero

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from data.cli import main_guard, one_line_errors
 from train.config import RunConfig, from_hydra
+from train.rundir import RunDir
 from train.start import begin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,24 +53,24 @@ def _join(config: RunConfig) -> None:
     """Be one of the ranks that a launcher started. Rank 0 prepares; the others wait for it to join them."""
     from train.run import run
 
-    if os.environ["RANK"] == "0":
-        begin(config, int(os.environ["WORLD_SIZE"]))
-    run(config.directory)
+    rank_0 = os.environ["RANK"] == "0"
+    run(begin(config, int(os.environ["WORLD_SIZE"])) if rank_0 else RunDir(config.directory))
 
 
 def _launch(config: RunConfig, own_process: bool) -> None:
     """Start the ranks: one in this process, several (or, of a sweep, any number) through torchrun."""
     gpus = torch.cuda.device_count()
     ranks = min(config.engine.ranks or gpus, gpus) if gpus else config.engine.ranks or 1
-    begin(config, ranks)
+    rundir = begin(config, ranks)
     if ranks == 1 and not own_process:
         from train.run import run
 
-        return run(config.directory)
+        return run(rundir)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    done = subprocess.run([*torchrun, "-m", "train.run", config.directory], env=environment, cwd=ROOT)
+    command = [*torchrun, "-m", "train.run", str(rundir.path.resolve())]
+    done = subprocess.run(command, env=environment, cwd=ROOT, pass_fds=[rundir.lock_descriptor()])
     if done.returncode:
         sys.exit(done.returncode)
 

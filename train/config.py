@@ -38,7 +38,7 @@ class Horizon:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a step is computed. None of it changes what is computed, beyond rounding."""
+    """How a step is computed. But for gradient_clipping, none of it changes more than rounding."""
 
     ranks: int | None = None  # processes that `python -m train` starts; null: one per GPU, else one
     zero_stage: int = 2
@@ -207,6 +207,12 @@ def check_world(config: RunConfig, world_size: int) -> None:
         f"global_batch: {config.global_batch} is not divisible by micro_batch {size or 1} x ranks"
         f" {world_size}; choose a multiple",
     )
+    engine = config.engine
+    accumulates = config.global_batch > size * world_size
+    _require(
+        not (accumulates and engine.zero_stage == 0 and engine.precision != "fp32"),
+        f"engine.zero_stage: 0 would add up micro batches in {engine.precision}; set 1, which adds in fp32",
+    )
 
 
 def check_device(config: RunConfig) -> None:
@@ -271,7 +277,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _positive(key: str, value: float | None) -> None:
-    _require(value is None or value > 0, f"{key}: {value} is not positive")
+    _require(value is None or 0 < value < math.inf, f"{key}: {value} is not a positive number; give one")
 
 
 def _one_of(key: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -33,6 +33,9 @@ from train.config import RunConfig
 
 Batch = dict[str, Tensor]
 
+# What a launcher would tell a world of one. The last marks it as ours, for `stop_world` to take back.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "ISOFLOP_ALONE": "1"}
+
 
 @dataclass(frozen=True)
 class World:
@@ -67,9 +70,7 @@ def start_world() -> World:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        environment.update(ALONE, MASTER_PORT=str(port))
     local_rank = int(environment["LOCAL_RANK"])
     local_size = int(
         environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment["WORLD_SIZE"]))
@@ -93,6 +94,9 @@ def stop_world() -> None:
     """Leave the process group, so that the process ends without warnings."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if "ISOFLOP_ALONE" in os.environ:
+        for name in (*ALONE, "MASTER_PORT"):
+            os.environ.pop(name, None)
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,8 @@ class Engine:
             for block in model.blocks:  # type: ignore[union-attr]
                 block.compile()
         self.peaks = [group["lr"] for group in optimizer.param_groups]  # the schedule multiplies these
-        # Some of DeepSpeed's wrappers take a step with gradients of zero to allocate the optimizer's state.
-        # It must neither decay the weights nor count as a step of Adam's bias correction.
+        # In half precision without ZeRO, DeepSpeed takes a step with gradients of zero to allocate the
+        # optimizer's state. It must neither decay the weights nor count in Adam's bias correction.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         with quiet():

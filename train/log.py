@@ -121,8 +121,8 @@ class Log:
         self.say(f"run directory: {self._rundir.path}")
 
     def _truncate(self, start: int) -> float:
-        """Drop records after step `start`; returns the training seconds spent up to it."""
-        kept = [record for record in read_metrics(self._rundir.metrics) if record["step"] <= start]
+        """Drop records after step `start` (all, at the beginning); returns the training seconds up to it."""
+        kept = [r for r in read_metrics(self._rundir.metrics) if start > 0 and r["step"] <= start]
         write(self._rundir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return max((record["elapsed_s"] for record in kept if "elapsed_s" in record), default=0.0)
 
@@ -138,21 +138,28 @@ class Log:
         identity = self._rundir.path / "wandb_id"
         if not identity.exists():
             write(identity, uuid.uuid4().hex[:8])
-        return wandb.init(
-            project=config.track.project,
-            name=config.name,
-            id=identity.read_text().strip(),
-            resume="allow",
-            mode=mode,  # type: ignore[arg-type]
-            dir=self._rundir.path,
-            config=to_container(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        settings = {
+            "project": config.track.project,
+            "name": config.name,
+            "id": identity.read_text().strip(),
+            "resume": "allow",
+            "dir": self._rundir.path,
+            "config": to_container(config),
+            "settings": wandb.Settings(silent=True, console="off"),
+        }
+        try:
+            return wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
+        except wandb.errors.Error as error:
+            self.say(f"track.wandb: {mode} failed ({str(error).splitlines()[0]}); going on offline")
+            return wandb.init(mode="offline", **settings)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Window:
-    """The steps between two readings of a Meter: this rank's seconds and loss, the global batch's tokens."""
+    """The steps between two readings of a Meter: this rank's seconds and loss, the global batch's tokens.
+
+    skipped: steps that changed nothing because fp16 overflowed.
+    """
 
     seconds: float
     data_wait_share: float
@@ -160,6 +167,7 @@ class Window:
     tokens: int
     count: int
     loss_sum: Tensor
+    skipped: int
 
 
 class Meter:
@@ -176,6 +184,7 @@ class Meter:
         self._steps += 1
         self._tokens += tokens
         self._count += step.count
+        self._skipped += step.skipped
         self._loss_sum = self._loss_sum + step.loss_sum
 
     @contextmanager
@@ -191,13 +200,13 @@ class Meter:
         waited = self._loader.waited_s - self._waited_s
         share = waited / seconds
         loss_sum = torch.as_tensor(self._loss_sum)
-        window = Window(seconds, share, self._steps, self._tokens, self._count, loss_sum)
+        window = Window(seconds, share, self._steps, self._tokens, self._count, loss_sum, self._skipped)
         self._reset()
         return window
 
     def _reset(self) -> None:
         self._start, self._waited_s = time.perf_counter(), self._loader.waited_s
-        self._steps = self._tokens = self._count = 0
+        self._steps = self._tokens = self._count = self._skipped = 0
         self._loss_sum = 0.0
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import time
 from typing import Any
+
+import torch
 
 from data.cli import instantiate, main_guard
 from data.loader import Loader, evaluation_batches, training_samples
@@ -105,7 +106,9 @@ class Run:
             baselines = {k: self.baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
             self._write("baseline", 0, **baselines)
         event = "resume" if first else "start"
-        self._write("event", first, event=event, message=f"{event} at step {first} of {self.total_steps}")
+        commit = environment(self.world.size)["commit"]
+        message = f"{event} at step {first} of {self.total_steps}, commit {commit}"
+        self._write("event", first, event=event, message=message)
         parameters = self.counts.parameters
         self.log.say(
             f"{self.config.directory}: {parameters / 1e6:,.1f} M parameters,"
@@ -135,6 +138,7 @@ class Run:
             peak_share=flops_per_s / self.peak_flops if self.peak_flops else None,
             memory_bytes=int(memory),
             data_wait_share=window.data_wait_share,
+            skipped_steps=window.skipped,
         )
         left = (self.total_steps - step) * window.seconds / window.steps
         self.log.show_train(step, self.total_steps, loss, tokens_per_s, left)
@@ -152,18 +156,23 @@ class Run:
             self._write("sample", step, prompt=self.config.evaluation.prompt, text=self._sample())
 
     def _sample(self) -> str:
-        """A continuation of the prompt. All ranks draw it: under ZeRO-3 each holds part of the model."""
-        prompt = self.tokenizer.encode(self.config.evaluation.prompt).ids or [self.stream.end_of_text]
-        tokens = generate(
+        """A continuation of the prompt. All ranks draw it: under ZeRO-3 each holds part of the model.
+
+        They draw equally many tokens, so that none waits for another, and cut at the end of the text after.
+        """
+        end = self.stream.end_of_text
+        prompt = self.tokenizer.encode(self.config.evaluation.prompt, add_special_tokens=False).ids or [end]
+        drawn = generate(
             self.engine.model,  # type: ignore[arg-type]
             prompt,
             max_new_tokens=self.config.evaluation.sample_tokens,
             temperature=0.8,
             top_k=50,
             seed=self.config.seed,
-            end_of_text=self.stream.end_of_text,
         )
-        return self.tokenizer.decode(list(tokens))
+        with torch.compiler.set_stance("force_eager"):  # the growing cache would be compiled again each token
+            tokens = list(drawn)
+        return self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
 
     def _finish(self, first: int) -> None:
         if not self.log:
@@ -198,16 +207,12 @@ def _due(done: int, every: int | None, total: int) -> bool:
     return done == total or (every is not None and done % every == 0)
 
 
-def run(directory: str) -> None:
-    """One rank of the run that `train.start.begin` froze in rank 0's `directory`."""
-    rundir = RunDir(directory)
-    if int(os.environ.get("RANK", "0")) == 0:
-        rundir.lock()
+def run(rundir: RunDir) -> None:
+    """One rank of the run that `train.start.begin` froze in rank 0's directory, and locked."""
     world = start_world()
     try:
-        directory = world.broadcast(directory)  # names may hold a time, which every rank composed for itself
-        if world.rank != 0:
-            rundir = RunDir(directory)
+        path = world.broadcast(rundir.path)  # names may hold a time, which every rank composed for itself
+        rundir = rundir if world.rank == 0 else RunDir(path)
         rank = Run(rundir, load(rundir.config), world)
         failed = True
         try:
@@ -223,4 +228,4 @@ def run(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    main_guard(lambda: run(sys.argv[1]))
+    main_guard(lambda: run(RunDir(sys.argv[1])))

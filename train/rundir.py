@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import yaml
 
+from data.shards import MANIFEST, read_manifest
 from train.config import RunConfig, changed, load, to_container
 
 PACKAGES = (
@@ -70,14 +71,14 @@ class RunDir:
             ) from None
         self._lock = handle
 
-    def unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+    def lock_descriptor(self) -> int:
+        """For child processes to inherit: the lock holds until the last process that has it ends."""
+        assert self._lock is not None
+        return self._lock.fileno()
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Hold the lock for the block. Where no config is there after it, what was made here goes again."""
+        """Take the lock. Where no config is there after the block, what was made here goes again."""
         absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.lock()
         try:
@@ -88,7 +89,6 @@ class RunDir:
                 with suppress(OSError):  # others use it
                     for path in absent:
                         path.rmdir()
-            self.unlock()
 
     def check_resume(self, config: RunConfig, world_size: int) -> None:
         """Refuse to continue this run under a config that would make it another run.
@@ -124,7 +124,7 @@ class RunDir:
             ValueError: the run was started on other data.
         """
         content = json.dumps({"prepared": str(prepared.resolve())}) + "\n"
-        if self.data.exists() and self.prepared().name != prepared.name:
+        if self.data.exists() and not _same_tokens(self.prepared(), prepared):
             raise ValueError(
                 f"data: the corpus has changed since {self.path} was started ({self.prepared().name}, now"
                 f" {prepared.name}); restore it, or choose another name=…"
@@ -145,6 +145,15 @@ class RunDir:
             (self.environment, environment),
         ):
             write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _same_tokens(before: Path, now: Path) -> bool:
+    """Whether two prepared folders hold the same shards; files may have been copied or touched in between."""
+    if before.name == now.name:
+        return True
+    if not (before / MANIFEST).exists() or not (now / MANIFEST).exists():
+        return False
+    return read_manifest(before)["splits"] == read_manifest(now)["splits"]
 
 
 def write(path: Path, text: str) -> None:

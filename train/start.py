@@ -14,8 +14,10 @@ from train.config import RunConfig, check_device, check_world
 from train.rundir import RunDir
 
 
-def begin(config: RunConfig, world_size: int) -> None:
+def begin(config: RunConfig, world_size: int) -> RunDir:
     """Check the config, prepare its data and freeze both in the run directory, for all ranks to work from.
+
+    Returns the run directory, locked for as long as this process, or one that inherits the lock, lives.
 
     Raises:
         ValueError: one line on what is wrong with the config, the data or the run directory.
@@ -35,6 +37,7 @@ def begin(config: RunConfig, world_size: int) -> None:
         with torch.device("meta"):
             build_model(config, train.vocabulary_size)
         rundir.freeze(config, prepared)
+    return rundir
 
 
 def build_model(config: RunConfig, vocabulary_size: int) -> nn.Module:

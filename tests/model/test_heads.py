@@ -92,3 +92,16 @@ def test_tied_weight_gathers_both_gradients() -> None:
     plain_loss(head, table(tokens), labels).backward()
     assert ours is not None and table.weight.grad is not None
     torch.testing.assert_close(ours, table.weight.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_fp16_gradients_of_many_tokens_do_not_overflow() -> None:
+    """The sum over tokens leaves fp16's range (65,504) before the mean brings it back."""
+    tokens, width = 32_768, 8
+    head = LMHead(4, width).half()
+    hidden_BTD = torch.full((1, tokens, width), 4.0, dtype=torch.float16, requires_grad=True)
+    labels_BT = torch.zeros(1, tokens, dtype=torch.long)
+    (head(hidden_BTD, labels_BT) / tokens).backward()
+    logits_BTV = hidden_BTD.detach().float() @ head.weight.detach().float().T
+    errors_V = logits_BTV.softmax(-1)[0, 0] - torch.tensor([1.0, 0, 0, 0])
+    expected_VD = errors_V[:, None] * torch.full((width,), 4.0)
+    torch.testing.assert_close(head.weight.grad.float(), expected_VD, rtol=5e-3, atol=1e-3)

@@ -42,14 +42,14 @@ def test_the_defaults_compose() -> None:
         ("+colour=red", "colour: no such key"),
         ("sequence_length=many", "sequence_length: "),
         ("engine.compile=maybe", "engine.compile: "),
-        ("sequence_length=0", "sequence_length: 0 is not positive"),
+        ("sequence_length=0", "sequence_length: 0 is not a positive number"),
         ("horizon.steps=5", "horizon: steps and epochs is set; set exactly one"),
         ("horizon.epochs=null", "horizon: nothing is set"),
         ("engine.zero_stage=4", "engine.zero_stage: 4 is none of 0, 1, 2, 3"),
         ("engine.precision=int8", "engine.precision: int8 is none of bf16, fp16, fp32"),
         ("track.wandb=sometimes", "track.wandb: sometimes is none of"),
         ("engine.gradient_clipping=-1", "engine.gradient_clipping: is negative"),
-        ("checkpoint.keep=0", "checkpoint.keep: 0 is not positive"),
+        ("checkpoint.keep=0", "checkpoint.keep: 0 is not a positive number"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(override: str, message: str) -> None:

@@ -49,48 +49,38 @@ class _Trained:
         return {}
 
 
-class BPE(_Trained):
+class _Subwords(_Trained):
+    """Pieces of bytes, as many as asked for: what BPE and Unigram share."""
+
+    def __init__(self, vocabulary_size: int, training_bytes: int = TRAINING_BYTES) -> None:
+        super().__init__(training_bytes)
+        self.vocabulary_size = _at_least(vocabulary_size, len(ALPHABET) + 1)
+
+    def _fit(self, model: models.Model, trainer: Any, texts: Iterable[str]) -> Tokenizer:
+        tokenizer = _byte_level(model)
+        settings = {"special_tokens": [END_OF_TEXT], "initial_alphabet": ALPHABET, "show_progress": False}
+        tokenizer.train_from_iterator(texts, trainer(vocab_size=self.vocabulary_size, **settings))
+        return tokenizer
+
+
+class BPE(_Subwords):
     """Byte-level byte-pair encoding as in GPT-2 (Radford et al. 2019). Lossless on any text.
 
     vocabulary_size: at most; a small corpus may give fewer. At least 257: every byte and END_OF_TEXT.
     """
 
-    def __init__(self, vocabulary_size: int, training_bytes: int = TRAINING_BYTES) -> None:
-        super().__init__(training_bytes)
-        self.vocabulary_size = _at_least(vocabulary_size, len(ALPHABET) + 1)
-
     def train(self, texts: Iterable[str]) -> Tokenizer:
-        tokenizer = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.vocabulary_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=ALPHABET,
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer
+        return self._fit(models.BPE(), trainers.BpeTrainer, texts)
 
 
-class Unigram(_Trained):
+class Unigram(_Subwords):
     """Unigram language model (Kudo 2018, arXiv 1804.10959) over bytes, so that it is lossless on any text.
 
     vocabulary_size: at most; at least 257, as for BPE.
     """
 
-    def __init__(self, vocabulary_size: int, training_bytes: int = TRAINING_BYTES) -> None:
-        super().__init__(training_bytes)
-        self.vocabulary_size = _at_least(vocabulary_size, len(ALPHABET) + 1)
-
     def train(self, texts: Iterable[str]) -> Tokenizer:
-        tokenizer = _byte_level(models.Unigram())
-        trainer = trainers.UnigramTrainer(
-            vocab_size=self.vocabulary_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=ALPHABET,
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer
+        return self._fit(models.Unigram(), trainers.UnigramTrainer, texts)
 
 
 class WordPiece(_Trained):

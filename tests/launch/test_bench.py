@@ -20,11 +20,12 @@ from data.prepare import prepare
 from launch import bench
 from launch.bench_data import JUMP, JUMP_BATCH, JUMP_SAMPLES, choice, jump_seconds, preparation
 from launch.bench_profile import BACKWARD, CATEGORIES, PREFIX, STEP, shares
-from launch.bench_training import ENGINE, LARGE, PLAIN, SMALL, Shape, Timings, build, measure_peak
+from launch.bench_training import ENGINE, LARGE, PLAIN, SMALL, Shape, Timings, build
 from model.flops import count
 from tests.tiny import corpus
 from train.engine import start_world, stop_world
 
+STEPS = 40
 TINY = Shape("tiny", layers=2, width=32, heads=2, sequence_length=32, batch=4, vocabulary_size=300)
 
 
@@ -44,7 +45,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
     world, threads = start_world(), torch.get_num_threads()
     torch.set_num_threads(1)  # a model this small only loses time on more
     with Progress(console=Console(file=io.StringIO())) as progress:
-        yield bench.measure_shape(TINY, prepared, world, 4, progress)
+        yield bench.measure_shape(TINY, prepared, world, STEPS, progress)
     torch.set_num_threads(threads)
     stop_world()
 
@@ -77,14 +78,10 @@ def test_figures_follow_from_timings() -> None:
     assert comparison["loss_difference"] == pytest.approx(0.3)
 
 
-def test_peaks_are_positive() -> None:
-    assert measure_peak("fp32") > 0 and measure_peak("bf16") > 0
-
-
 def test_both_loops_learn_the_same(result: dict[str, Any]) -> None:
     assert result["loss_engine"] == pytest.approx(result["loss_plain"], abs=0.02)
-    assert result["loss_plain"] < 5.7  # ln 300 = 5.704 of an untrained model
-    assert result["steps"] == 4
+    assert result["loss_plain"] < 5  # ln 300 = 5.704 of an untrained model
+    assert result["steps"] == STEPS
     for loop in (PLAIN, ENGINE):
         assert result[loop]["tokens_per_s"] == pytest.approx(TINY.tokens / result[loop]["step_s_median"])
 

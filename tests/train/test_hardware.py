@@ -14,10 +14,8 @@ def test_a_peak_is_flop_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.measure_matmul(torch.float32, size=10, repeats=2) == 2 * 10**3 / 0.5
 
 
-def test_a_measured_peak_is_steady() -> None:
-    first, second = (hardware.measure_matmul(torch.float32, size=512, repeats=10) for _ in range(2))
-    assert 1e8 < first < 1e15
-    assert first / 3 < second < first * 3
+def test_a_measured_peak_is_that_of_a_computer() -> None:
+    assert 1e8 < hardware.measure_matmul(torch.float32, size=512, repeats=10) < 1e15
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from data.collate.causal import Causal as CausalCollate
+from data.loader import IGNORED
 
 
 class Causal:
@@ -18,11 +19,11 @@ class Causal:
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """Tokens that carry loss, known before the forward pass."""
-        return int((batch["labels"] != -100).sum())
+        return int((batch["labels"] != IGNORED).sum())
 
     def __call__(
         self, model: Callable[..., Any], batch: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of token losses in nats (fp32 scalar), number of tokens, further sums to log (none)."""
         labels = batch["labels"]
-        return model(batch["tokens"], labels), (labels != -100).sum(), {}
+        return model(batch["tokens"], labels), (labels != IGNORED).sum(), {}

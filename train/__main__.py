@@ -6,7 +6,9 @@ deepspeed, which have started them already, it is one of them.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,9 +72,17 @@ def _launch(config: RunConfig, own_process: bool) -> None:
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     command = [*torchrun, "-m", "train.run", str(rundir.path.resolve())]
-    done = subprocess.run(command, env=environment, cwd=ROOT, pass_fds=[rundir.lock_descriptor()])
+    lock = rundir.lock_descriptor()
+    done = subprocess.run(command, env=environment, cwd=ROOT, pass_fds=[lock], preexec_fn=_end_with_parent)
     if done.returncode:
         sys.exit(done.returncode)
+
+
+def _end_with_parent() -> None:
+    """In the launcher's process, on Linux: be told to end, and end the ranks, when this program is killed."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 if __name__ == "__main__":

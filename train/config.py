@@ -163,7 +163,8 @@ def check(config: RunConfig) -> None:
     given = [f.name for f in fields(Horizon) if getattr(config.horizon, f.name) is not None]
     _require(
         len(given) == 1,
-        f"horizon: {' and '.join(given) or 'nothing'} is set; set exactly one of steps, tokens, epochs"
+        f"horizon: {' and '.join(given) or 'nothing'} {'are' if len(given) > 1 else 'is'} set; set"
+        " exactly one of steps, tokens, epochs"
         " (override the others with null)",
     )
     _positive(f"horizon.{given[0]}", getattr(config.horizon, given[0]))

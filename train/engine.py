@@ -12,8 +12,11 @@ if "DS_ACCELERATOR" not in os.environ:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 import contextlib
+import fcntl
+import hashlib
 import logging
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -84,10 +88,39 @@ def start_world() -> World:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message=".*torch.distributed.*"
     )  # DeepSpeed's own
-    # Rank 0 may prepare data or compile DeepSpeed's CPU operators while the others wait.
+    if device.type == "cpu":
+        _build_operators()
+    # Rank 0 may prepare data while the others wait.
     with quiet():
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+
+
+def operators_folder() -> Path:
+    """Where this environment's compiled operator lies; TORCH_EXTENSIONS_DIR names another parent."""
+    place = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "isoflop" / place))
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"], "deepspeed_shm_comm")
+
+
+def _build_operators() -> None:
+    """Compile and load the operators that DeepSpeed needs on a CPU, once per environment.
+
+    Torch guards a build by a file that a killed process leaves behind, for which all later ones then wait in
+    silence. Here one process at a time builds, in a folder of our own, and clears what another left.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    folder = operators_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "one-at-a-time", "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / "deepspeed_shm_comm.so").exists():
+            print("compiling DeepSpeed's CPU operators, once: about a minute", flush=True)
+        with quiet():
+            builder.load(verbose=False)
 
 
 def stop_world() -> None:

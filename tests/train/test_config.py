@@ -43,7 +43,7 @@ def test_the_defaults_compose() -> None:
         ("sequence_length=many", "sequence_length: "),
         ("engine.compile=maybe", "engine.compile: "),
         ("sequence_length=0", "sequence_length: 0 is not a positive number"),
-        ("horizon.steps=5", "horizon: steps and epochs is set; set exactly one"),
+        ("horizon.steps=5", "horizon: steps and epochs are set; set exactly one"),
         ("horizon.epochs=null", "horizon: nothing is set"),
         ("engine.zero_stage=4", "engine.zero_stage: 4 is none of 0, 1, 2, 3"),
         ("engine.precision=int8", "engine.precision: int8 is none of bf16, fp16, fp32"),

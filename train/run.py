@@ -92,22 +92,18 @@ class Run:
             return
         self.log = Log(self.config, self.rundir, first, self.total_steps)
         shutil.copytree(self.rundir.prepared() / "tokenizer", self.rundir.tokenizer, dirs_exist_ok=True)
-        self.rundir.record(
-            deepspeed_config.derive(self.config, self.world.size),
-            dataclasses.asdict(self.counts),
-            environment(self.world.size)
-            | {
-                "device": hardware.device_name(),
-                "peak_flops_per_s": self.peak_flops,
-                "total_steps": self.total_steps,
-            },
-        )
+        found = environment(self.world.size) | {
+            "device": hardware.device_name(),
+            "peak_flops_per_s": self.peak_flops,
+            "total_steps": self.total_steps,
+        }
+        derived = deepspeed_config.derive(self.config, self.world.size)
+        self.rundir.record(derived, dataclasses.asdict(self.counts), found)
         if first == 0:
             baselines = {k: self.baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
             self._write("baseline", 0, **baselines)
         event = "resume" if first else "start"
-        commit = environment(self.world.size)["commit"]
-        message = f"{event} at step {first} of {self.total_steps}, commit {commit}"
+        message = f"{event} at step {first} of {self.total_steps}, commit {found['commit']}"
         self._write("event", first, event=event, message=message)
         parameters = self.counts.parameters
         self.log.say(

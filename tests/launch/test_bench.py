@@ -18,7 +18,15 @@ from rich.progress import Progress
 from data.order import Order
 from data.prepare import prepare
 from launch import bench
-from launch.bench_data import JUMP, JUMP_BATCH, JUMP_SAMPLES, choice, jump_seconds, preparation
+from launch.bench_data import (
+    JUMP,
+    JUMP_BATCH,
+    JUMP_SAMPLES,
+    _prepare_seconds,
+    choice,
+    jump_seconds,
+    preparation,
+)
 from launch.bench_profile import BACKWARD, CATEGORIES, PREFIX, STEP, shares
 from launch.bench_training import ENGINE, LARGE, PLAIN, SMALL, Shape, Timings, build
 from model.flops import count
@@ -156,9 +164,10 @@ def test_the_jump_is_one_that_an_order_can_make() -> None:
 
 
 def test_preparation_is_measured_beside_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([2.0, 3.0, 4.0])
-    monkeypatch.setattr("launch.bench_data._encode_seconds", lambda *_: next(seconds))
-    monkeypatch.setattr("launch.bench_data._prepare_seconds", lambda *_: 4.0)
+    bare = iter([2.0, 3.0, 4.0])
+    monkeypatch.setattr(
+        "launch.bench_data._alone", lambda what, _: 4.0 if what is _prepare_seconds else next(bare)
+    )
     rounds: list[int] = []
     figures = preparation(Path("unused"), 3, lambda: rounds.append(1))
     assert len(rounds) == 3

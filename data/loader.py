@@ -1,37 +1,41 @@
-"""Batches for one rank: the tokens behind an order, or the whole of a stream for evaluation.
-
-Sample i of sequence length T has inputs tokens[i*T - 1 : i*T + T - 1] and labels tokens[i*T : i*T + T], where
-tokens[-1] is END_OF_TEXT, so that every token of the stream is predicted exactly once per epoch.
-"""
+"""Batches for one rank: the samples behind an order, or all of a stream for evaluation."""
 
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from data.order import Order
+from data.packing import BestFit, Chunks, Packing, Sample
 from data.shards import TokenStream
 
 IGNORED = -100
 Batch = dict[str, torch.Tensor]
+METHODS = ("chunk", "best_fit")
 
 
 class Collate(Protocol):
-    def __call__(self, samples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch: ...
+    """Makes batches. window: the most tokens of the stream that one of its samples holds."""
+
+    window: int
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch: ...
 
 
-def training_samples(stream: TokenStream, sequence_length: int) -> int:
-    """How many whole samples the stream holds. Raises ValueError where there is none."""
-    samples = stream.tokens // sequence_length
-    if samples < 1:
+def pack(stream: TokenStream, method: str, window: int, training: bool) -> Packing:
+    """The samples of a stream under one of METHODS: in training whole windows only, else every token.
+
+    Raises ValueError where there is none.
+    """
+    packing = BestFit(stream, window) if method == "best_fit" else Chunks(stream, window, rest=not training)
+    if packing.samples < 1:
         raise ValueError(
-            f"sequence_length: {sequence_length} is longer than the {stream.tokens} tokens of "
+            f"sequence_length: a sample takes {window} tokens, more than the {stream.tokens} of "
             f"{stream.folder} ({stream.split}); choose a shorter one or a larger corpus"
         )
-    return samples
+    return packing
 
 
 class Loader:
@@ -44,11 +48,10 @@ class Loader:
 
     def __init__(
         self,
-        stream: TokenStream,
+        packing: Packing,
         order: Order,
         collate: Collate,
         *,
-        sequence_length: int,
         micro_batch: int,
         rank: int,
         world_size: int,
@@ -59,10 +62,9 @@ class Loader:
                 f"global_batch: {order.global_batch} is not divisible by micro_batch {micro_batch} x "
                 f"{world_size} ranks; choose a multiple of {micro_batch * world_size}"
             )
-        self.stream = stream
+        self.packing = packing
         self.order = order
         self.collate = collate
-        self.sequence_length = sequence_length
         self.micro_batch = micro_batch
         self.rank = rank
         self.world_size = world_size
@@ -93,44 +95,24 @@ class Loader:
         self._thread.shutdown(cancel_futures=True)
 
     def _make(self, step: int) -> list[Batch]:
-        ids = self.order.step(step).reshape(-1, self.world_size, self.micro_batch)[:, self.rank]
+        shape = (-1, self.world_size, self.micro_batch)
+        ids = self.order.step(step).reshape(shape)[:, self.rank]
+        epochs = self.order.epochs(step).reshape(shape)[:, self.rank]
         return [
-            self.collate([_sample(self.stream, int(i), self.sequence_length) for i in micro]) for micro in ids
+            self.collate([self.packing.sample(int(i), int(e), step) for i, e in zip(*micro, strict=True)])
+            for micro in zip(ids, epochs, strict=True)
         ]
 
 
 def evaluation_batches(
-    stream: TokenStream,
-    collate: Collate,
-    *,
-    sequence_length: int,
-    micro_batch: int,
-    rank: int,
-    world_size: int,
+    packing: Packing, collate: Collate, *, micro_batch: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """Every token of the stream once over all ranks, in batches of micro_batch samples.
+    """Every sample once over all ranks, in batches of micro_batch.
 
-    Every rank yields the same number of batches of the same shape (ZeRO-3 gathers parameters in step): the
-    last sample is padded and samples past the end are all padding, with labels IGNORED.
+    Every rank yields the same number of batches (ZeRO-3 gathers parameters in step): those past the last
+    sample are empty.
     """
-    samples = -(-stream.tokens // sequence_length)
     global_batch = micro_batch * world_size
-    for first in range(rank * micro_batch, -(-samples // global_batch) * global_batch, global_batch):
-        yield collate([_padded(stream, i, sequence_length) for i in range(first, first + micro_batch)])
-
-
-def _sample(stream: TokenStream, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens = stream.read(index * length - 1, index * length + length)
-    return tokens[:-1], tokens[1:]
-
-
-def _padded(stream: TokenStream, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sample `index`, its part past the end of the stream padded with END_OF_TEXT and IGNORED labels."""
-    inputs = np.full(length, stream.end_of_text, np.int64)
-    labels = np.full(length, IGNORED, np.int64)
-    start, stop = index * length, min(index * length + length, stream.tokens)
-    if start < stop:
-        tokens = stream.read(start - 1, stop)
-        inputs[: stop - start] = tokens[:-1]
-        labels[: stop - start] = tokens[1:]
-    return inputs, labels
+    end = -(-packing.samples // global_batch) * global_batch
+    for first in range(rank * micro_batch, end, global_batch):
+        yield collate([packing.sample(i) for i in range(first, first + micro_batch)])

@@ -32,12 +32,20 @@ class Order:
     def step(self, step: int) -> np.ndarray:
         """int64 [global_batch]: the samples of step 0, 1, 2, ... Sample j of the step stands at position
         p = step * global_batch + j of the endless sequence of epochs."""
+        epoch, index = self._places(step)
+        return self._permute(index, self._round_keys(epoch)).astype(np.int64)
+
+    def epochs(self, step: int) -> np.ndarray:
+        """int64 [global_batch]: the epoch, from 0, that each sample of the step belongs to."""
+        return self._places(step)[0].astype(np.int64)
+
+    def _places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint64 [global_batch] each: the epoch of each sample of the step, and its place in that epoch."""
         if step < 0:
             raise ValueError(f"step: {step} is negative")
-        epochs = [divmod(step * self.global_batch + j, self.samples) for j in range(self.global_batch)]
-        epoch = np.array([e for e, _ in epochs], dtype=np.uint64)
-        index = np.array([i for _, i in epochs], dtype=np.uint64)
-        return self._permute(index, self._round_keys(epoch)).astype(np.int64)
+        places = [divmod(step * self.global_batch + j, self.samples) for j in range(self.global_batch)]
+        epoch, index = zip(*places, strict=True)
+        return np.array(epoch, np.uint64), np.array(index, np.uint64)
 
     def _round_keys(self, epoch: np.ndarray) -> np.ndarray:
         """uint64 [ROUNDS, n]: the keys of each sample's epoch."""

@@ -1,13 +1,15 @@
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
 from data.collate.causal import Causal
-from data.loader import IGNORED, Batch, Loader, evaluation_batches, training_samples
+from data.loader import IGNORED, Batch, Loader, evaluation_batches, pack
 from data.order import Order
+from data.packing import Packing, Sample
 from data.shards import TokenStream
 from tests.data.conftest import StreamOf
 
@@ -17,10 +19,13 @@ LENGTH = 4
 def loader(
     stream: TokenStream, *, global_batch: int = 12, micro: int = 12, rank: int = 0, ranks: int = 1
 ) -> Loader:
-    order = Order(training_samples(stream, LENGTH), global_batch, seed=9)
-    return Loader(
-        stream, order, Causal(), sequence_length=LENGTH, micro_batch=micro, rank=rank, world_size=ranks
-    )
+    packing = chunks(stream)
+    order = Order(packing.samples, global_batch, seed=9)
+    return Loader(packing, order, Causal(LENGTH, 0), micro_batch=micro, rank=rank, world_size=ranks)
+
+
+def chunks(stream: TokenStream, training: bool = True) -> Packing:
+    return pack(stream, "chunk", LENGTH, training)
 
 
 def rows(batches: list[Batch]) -> list[tuple[int, ...]]:
@@ -71,14 +76,13 @@ def test_a_jump_gives_what_a_fresh_loader_gives(stream_of: StreamOf) -> None:
 def test_the_next_step_is_made_while_this_one_trains(stream_of: StreamOf) -> None:
     made = threading.Semaphore(0)
 
-    def collate(samples: list) -> Batch:
-        made.release()
-        return Causal()(samples)
+    class Watched(Causal):
+        def __call__(self, samples: Sequence[Sample]) -> Batch:
+            made.release()
+            return super().__call__(samples)
 
-    stream = stream_of(range(1, 90))
-    ahead = Loader(
-        stream, Order(22, 12, 0), collate, sequence_length=LENGTH, micro_batch=12, rank=0, world_size=1
-    )
+    packing = chunks(stream_of(range(1, 90)))
+    ahead = Loader(packing, Order(22, 12, 0), Watched(LENGTH, 0), micro_batch=12, rank=0, world_size=1)
     ahead.step(0)
     assert made.acquire(timeout=5) and made.acquire(timeout=5)  # step 0 and, unasked, step 1
     assert ahead.waited_s > 0
@@ -86,13 +90,12 @@ def test_the_next_step_is_made_while_this_one_trains(stream_of: StreamOf) -> Non
 
 
 def test_an_error_in_the_thread_is_raised_in_step(stream_of: StreamOf) -> None:
-    def collate(samples: list) -> Batch:
-        raise RuntimeError("broken collator")
+    class Broken(Causal):
+        def __call__(self, samples: Sequence[Sample]) -> Batch:
+            raise RuntimeError("broken collator")
 
-    stream = stream_of(range(1, 90))
-    broken = Loader(
-        stream, Order(22, 2, 0), collate, sequence_length=LENGTH, micro_batch=2, rank=0, world_size=1
-    )
+    packing = chunks(stream_of(range(1, 90)))
+    broken = Loader(packing, Order(22, 2, 0), Broken(LENGTH, 0), micro_batch=2, rank=0, world_size=1)
     with pytest.raises(RuntimeError, match="broken collator"):
         broken.step(0)
     broken.close()
@@ -102,9 +105,31 @@ def test_sizes_that_do_not_fit_are_refused(stream_of: StreamOf) -> None:
     stream = stream_of(range(1, 90))
     with pytest.raises(ValueError, match="^global_batch: 12 is not divisible by micro_batch 5 x 1 ranks"):
         loader(stream, micro=5)
-    with pytest.raises(ValueError, match="^sequence_length: 90 is longer than the 89 tokens"):
-        training_samples(stream, 90)
-    assert training_samples(stream, 89) == 1
+    with pytest.raises(ValueError, match="^sequence_length: a sample takes 90 tokens, more than the 89"):
+        pack(stream, "chunk", 90, training=True)
+    assert pack(stream, "chunk", 89, training=True).samples == 1
+    assert pack(stream, "chunk", 90, training=False).samples == 1
+
+
+def test_a_sample_is_of_its_epoch_and_step(stream_of: StreamOf) -> None:
+    seen: list[tuple[int, tuple[int, int], int | None]] = []
+
+    class Watched(Causal):
+        def __call__(self, samples: Sequence[Sample]) -> Batch:
+            seen.extend((int(sample.tokens[0]), sample.key, sample.step) for sample in samples)
+            return super().__call__(samples)
+
+    packing = chunks(stream_of(range(1, 41)))  # 10 samples
+    watched = Loader(
+        packing, Order(10, 4, 0), Watched(LENGTH, 0), micro_batch=4, rank=0, world_size=1, ahead=0
+    )
+    for step in range(5):
+        watched.step(step)
+    watched.close()
+    assert [step for _, _, step in seen] == [step for step in range(5) for _ in range(4)]
+    assert [epoch for _, (epoch, _), _ in seen] == [0] * 10 + [1] * 10
+    assert all(token == 1 + LENGTH * index for token, (_, index), _ in seen)
+    assert sorted(index for _, (_, index), _ in seen[:10]) == list(range(10))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -116,7 +141,7 @@ def test_evaluation_predicts_every_token_once_in_as_many_batches_on_each_rank(
     per_rank = [
         list(
             evaluation_batches(
-                stream, Causal(), sequence_length=LENGTH, micro_batch=2, rank=rank, world_size=ranks
+                chunks(stream, training=False), Causal(LENGTH, 0), micro_batch=2, rank=rank, world_size=ranks
             )
         )
         for rank in range(ranks)

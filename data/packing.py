@@ -1,0 +1,182 @@
+"""Packing: which stretches of the token stream make up a sample.
+
+Chunks cuts the stream into windows of equal length, whatever lies in them. BestFit keeps documents whole as
+far as they fit: each is cut into windows and a rest, and the rests share windows, longest first, each in the
+fullest one that still has room (best-fit decreasing, as in arXiv 2404.10830, section 3).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.shards import TokenStream
+
+PADDING = -1  # the document of a position that holds nothing
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a collator makes one sequence of.
+
+    tokens: ids [n] of all pieces, one after the other; n may be 0. before: ids [k] of the token that stands
+    before each piece in the stream, END_OF_TEXT where the piece starts a document. bounds: int64 [k + 1];
+    piece i is tokens[bounds[i] : bounds[i + 1]], all of one document. key: (epoch, index), which together
+    with a seed is all that chance may depend on. step: of training; None in evaluation.
+    """
+
+    tokens: np.ndarray
+    before: np.ndarray
+    bounds: np.ndarray
+    key: tuple[int, int]
+    step: int | None = None
+
+    def random(self, seed: int) -> np.random.Generator:
+        """The sample's own random numbers: the same in any world, after any restart."""
+        return np.random.default_rng((seed % 2**64, *self.key))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How well the windows of an epoch are used: positions in all, and those with a token; documents in more
+    than one piece; tokens at the end of the stream that no window holds."""
+
+    positions: int
+    used_positions: int
+    cut_documents: int
+    dropped_tokens: int
+
+    @property
+    def used_share(self) -> float:
+        return self.used_positions / self.positions
+
+
+def document_ids(bounds: np.ndarray, length: int) -> np.ndarray:
+    """int32 [length]: 0, 1, 2, ... for the positions of each piece, PADDING for those past the last."""
+    ids = np.full(length, PADDING, np.int32)
+    ids[: bounds[-1]] = np.repeat(np.arange(len(bounds) - 1, dtype=np.int32), np.diff(bounds))
+    return ids
+
+
+class Packing:
+    """The samples of one pass over a stream. window: the most tokens of a sample. samples: how many."""
+
+    samples: int
+
+    def __init__(self, stream: TokenStream, window: int) -> None:
+        self.stream = stream
+        self.window = window
+
+    def pieces(self, index: int) -> np.ndarray:
+        """int64 [k, 2]: the stretches [start, stop) of the stream that make up sample `index`."""
+        raise NotImplementedError
+
+    def usage(self) -> Usage:
+        raise NotImplementedError
+
+    def sample(self, index: int, epoch: int = 0, step: int | None = None) -> Sample:
+        """Sample `index`; past the last one an empty sample."""
+        pieces = self.pieces(index) if index < self.samples else np.empty((0, 2), np.int64)
+        texts = [self.stream.read(int(start) - 1, int(stop)) for start, stop in pieces]
+        nothing = np.empty(0, np.int64)
+        return Sample(
+            tokens=np.concatenate([nothing, *(text[1:] for text in texts)]).astype(np.int64),
+            before=np.array([text[0] for text in texts], np.int64),
+            bounds=np.cumsum([0, *(stop - start for start, stop in pieces)], dtype=np.int64),
+            key=(epoch, index),
+            step=step,
+        )
+
+
+class Chunks(Packing):
+    """Window i is tokens[i * window : (i + 1) * window]. rest: whether the last, shorter one counts."""
+
+    def __init__(self, stream: TokenStream, window: int, rest: bool) -> None:
+        super().__init__(stream, window)
+        self.samples = -(-stream.tokens // window) if rest else stream.tokens // window
+        self._offsets = stream.offsets
+
+    def pieces(self, index: int) -> np.ndarray:
+        start, stop = index * self.window, min((index + 1) * self.window, self.stream.tokens)
+        first, last = np.searchsorted(self._offsets, [start + 1, stop])
+        bounds = np.array([start, *self._offsets[first:last], stop], np.int64)
+        return np.stack([bounds[:-1], bounds[1:]], axis=1)
+
+    def usage(self) -> Usage:
+        held = min(self.samples * self.window, self.stream.tokens)
+        starts, ends = self._offsets[:-1] // self.window, (self._offsets[1:] - 1) // self.window
+        return Usage(
+            positions=self.samples * self.window,
+            used_positions=held,
+            cut_documents=int((starts != ends).sum()),
+            dropped_tokens=self.stream.tokens - held,
+        )
+
+
+class BestFit(Packing):
+    """Every token is in one window; a document is cut only where it is longer than a window.
+
+    Planned in memory from the documents' lengths: 16 bytes and about 2 microseconds a piece.
+    """
+
+    def __init__(self, stream: TokenStream, window: int) -> None:
+        super().__init__(stream, window)
+        self._starts, self._stops, self._bounds = _best_fit(np.asarray(stream.offsets), window)
+        self.samples = len(self._bounds) - 1
+
+    def pieces(self, index: int) -> np.ndarray:
+        part = slice(self._bounds[index], self._bounds[index + 1])
+        return np.stack([self._starts[part], self._stops[part]], axis=1)
+
+    def usage(self) -> Usage:
+        return Usage(
+            positions=self.samples * self.window,
+            used_positions=self.stream.tokens,
+            cut_documents=int((np.diff(self.stream.offsets) > self.window).sum()),
+            dropped_tokens=0,
+        )
+
+
+def _best_fit(offsets: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Starts and stops of all pieces, window by window, and int64 [windows + 1] where each window begins."""
+    lengths = np.diff(offsets)
+    whole = lengths // window
+    full_starts = np.repeat(offsets[:-1], whole) + window * _counts(whole)
+    rest_starts, rests = offsets[:-1] + whole * window, lengths % window
+    longest_first = np.argsort(-rests, kind="stable")
+    longest_first = longest_first[rests[longest_first] > 0]
+    bins: list[list[int]] = []
+    open_bins: defaultdict[int, list[int]] = defaultdict(list)  # by room left
+    rooms: list[int] = []  # the keys of open_bins, ascending
+    for document in longest_first.tolist():
+        size = int(rests[document])
+        place = bisect_left(rooms, size)
+        if place == len(rooms):
+            room, bin_ = window, len(bins)
+            bins.append([])
+        else:
+            room = rooms[place]
+            bin_ = open_bins[room].pop()
+            if not open_bins[room]:
+                rooms.pop(place)
+        bins[bin_].append(document)
+        left = room - size
+        if left:
+            if not open_bins[left]:
+                rooms.insert(bisect_left(rooms, left), left)
+            open_bins[left].append(bin_)
+    packed = np.array([document for bin_ in bins for document in bin_], np.int64)
+    starts = np.concatenate([full_starts, rest_starts[packed]])
+    stops = np.concatenate([full_starts + window, rest_starts[packed] + rests[packed]])
+    counts = np.concatenate([np.ones(len(full_starts), np.int64), [len(bin_) for bin_ in bins]])
+    return starts, stops, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _counts(repeats: np.ndarray) -> np.ndarray:
+    """0, 1, ..., n - 1 for each n of `repeats`."""
+    total = int(repeats.sum())
+    firsts = np.repeat(np.cumsum(repeats) - repeats, repeats)
+    return np.arange(total) - firsts

@@ -7,69 +7,144 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import Linear, rotate
+from model.documents import Documents, attend_blocks
+from model.layers import Linear
+from model.rotary import Table, rotate
 
 try:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 except ImportError:
-    flash_attn_func = None
+    flash_attn_func = flash_attn_varlen_func = None
 
 HALF = (torch.bfloat16, torch.float16)
 CPU_QUERIES = 256  # queries of one product on the CPU
+CPU_PRODUCT = 2**21  # the most scores of one product on the CPU, if it has more than one sequence
 CPU_SCORES = 2**26  # the most scores kept for the backward of one layer on the CPU: 128 MiB
 
 
-def attend(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v (arXiv 1706.03762, equation 1) with H a multiple of G; returns [B, T, H, K].
+def attend(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    causal: bool,
+    dropout: float = 0.0,
+    documents: Documents | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T + bias) v (arXiv 1706.03762, equation 1), H a multiple of G; returns [B, T, H, K].
 
-    With `causal` the T queries are the last T of the S positions. Uses flash-attn for half-precision tensors
-    on a CUDA GPU where the package is installed, `attend_cpu` in bfloat16 on a CPU where the scores are few,
-    and `scaled_dot_product_attention` everywhere else.
+    With `causal` the T queries are the last T of the S positions. With `documents`, which are of T = S
+    positions, a query sees its own document only. bias: [1 or B, 1 or H, T, S]. scale: None means 1/sqrt(K).
+
+    Without a bias this is flash-attn for half-precision tensors on a CUDA GPU where the package is installed,
+    and on a CPU `attend_blocks` with documents and `attend_cpu` in bfloat16 where the scores are few.
+    `scaled_dot_product_attention` does everything else.
     """
-    if flash_attn_func is not None and q_BTHK.is_cuda and q_BTHK.dtype in HALF:
-        return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, dropout_p=dropout, causal=causal)
+    scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
+    if documents is not None:
+        return attend_documents(q_BTHK, k_BSGK, v_BSGK, causal, dropout, documents, bias, scale)
+    if flash_attn_func is not None and bias is None and q_BTHK.is_cuda and q_BTHK.dtype in HALF:
+        return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, dropout, scale, causal)
     batch, queries, heads = q_BTHK.shape[:3]
-    square = causal and queries == k_BSGK.shape[1] and batch * heads * queries**2 <= CPU_SCORES
-    if square and q_BTHK.device.type == "cpu" and q_BTHK.dtype == torch.bfloat16 and not dropout:
-        return attend_cpu(q_BTHK, k_BSGK, v_BSGK)
-    return attend_sdpa(q_BTHK, k_BSGK, v_BSGK, causal, dropout)
+    square = queries == k_BSGK.shape[1] and batch * heads * queries**2 <= CPU_SCORES
+    plain = square and bias is None and not dropout
+    if plain and q_BTHK.device.type == "cpu" and q_BTHK.dtype == torch.bfloat16:
+        return attend_cpu(q_BTHK, k_BSGK, v_BSGK, causal, scale)
+    return attend_sdpa(q_BTHK, k_BSGK, v_BSGK, causal, dropout, bias, scale)
 
 
-def attend_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, causal: bool, dropout: float = 0.0) -> Tensor:
-    """`attend` through PyTorch's own kernels, on any device and in any dtype."""
-    queries, keys, mask = q_BTHK.shape[1], k_BSGK.shape[1], None
-    if causal and queries != keys:  # SDPA would put the queries first, not last
+def attend_sdpa(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    causal: bool,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`attend` through PyTorch's own kernels, on any device and in any dtype.
+
+    bias: as there, or bool: whether a key is seen.
+    """
+    queries, keys, mask = q_BTHK.shape[1], k_BSGK.shape[1], bias
+    if causal and (bias is not None or queries != keys):  # SDPA would put the queries first, not last
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q_BTHK.device).tril(keys - queries)
+        mask = mask if bias is None else bias.masked_fill(~mask, -torch.inf)
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
         v_BSGK.transpose(1, 2),
-        attn_mask=mask,
+        attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(q_BTHK.dtype),
         dropout_p=dropout,
         is_causal=causal and mask is None,
+        scale=scale,
         enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
     )
     return out_BHTK.transpose(1, 2)
 
 
-def attend_cpu(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """Causal `attend` by plain products, for which a CPU has fast bfloat16 kernels.
+def attend_cpu(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, causal: bool, scale: float) -> Tensor:
+    """Self-`attend` by plain products, for which a CPU has fast bfloat16 kernels.
 
-    Forward and backward take half the time of SDPA's CPU kernel, whose backward is slow, but the softmax is
-    kept for the backward and scores are rounded to q's dtype. A block of queries skips the keys after it.
+    Forward and backward take less than half the time of SDPA's CPU kernel, whose backward is slow, but the
+    softmax is kept for the backward and scores are rounded to q's dtype. Parts of the batch whose scores stay
+    in the cache go one after the other. A causal block of queries skips the keys after it.
     """
-    groups = q_BTHK.shape[2] // k_BTGK.shape[2]
-    q_BHTK = q_BTHK.transpose(1, 2) * q_BTHK.shape[-1] ** -0.5
-    k_BHTK = k_BTGK.transpose(1, 2).repeat_interleave(groups, dim=1)
-    v_BHTK = v_BTGK.transpose(1, 2).repeat_interleave(groups, dim=1)
+    length, heads = q_BTHK.shape[1:3]
+    groups = heads // k_BTGK.shape[2]
+    q_BHTK = q_BTHK.transpose(1, 2) * scale
+    k_BHTK, v_BHTK = (x.transpose(1, 2).repeat_interleave(groups, dim=1) for x in (k_BTGK, v_BTGK))
+    part = max(1, CPU_PRODUCT // (heads * min(length, CPU_QUERIES) * length))
     outs = []
-    for start in range(0, q_BTHK.shape[1], CPU_QUERIES):
-        queries = q_BHTK[:, :, start : start + CPU_QUERIES]
-        end = start + queries.shape[2]
-        future = torch.full((queries.shape[2], end), -torch.inf, dtype=q_BTHK.dtype).triu(start + 1)
-        scores = queries @ k_BHTK[:, :, :end].transpose(2, 3) + future
-        outs.append(scores.softmax(-1) @ v_BHTK[:, :, :end])
-    return torch.cat(outs, dim=2).transpose(1, 2)
+    for q, k, v in zip(q_BHTK.split(part), k_BHTK.split(part), v_BHTK.split(part), strict=True):
+        blocks = []
+        for start in range(0, length, CPU_QUERIES):
+            queries = q[:, :, start : start + CPU_QUERIES]
+            end = start + queries.shape[2] if causal else length
+            scores = queries @ k[:, :, :end].transpose(2, 3)
+            if causal:
+                scores = scores + scores.new_full(scores.shape[2:], -torch.inf).triu(start + 1)
+            blocks.append(scores.softmax(-1) @ v[:, :, :end])
+        outs.append(torch.cat(blocks, dim=2))
+    return torch.cat(outs).transpose(1, 2)
+
+
+@torch.compiler.disable  # each batch has other documents: compiled code would be for one of them only
+def attend_documents(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    causal: bool,
+    dropout: float,
+    documents: Documents,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`attend` within documents."""
+    if bias is None and q_BTHK.device.type == "cpu":
+        return attend_blocks(q_BTHK, k_BTGK, v_BTGK, documents, causal, dropout, scale)
+    if bias is None and flash_attn_varlen_func is not None and q_BTHK.dtype in HALF:
+        return attend_varlen(q_BTHK, k_BTGK, v_BTGK, documents, causal, dropout, scale)
+    mask = documents.mask(causal)
+    bias = mask if bias is None else bias.masked_fill(~mask, -torch.inf)
+    return attend_sdpa(q_BTHK, k_BTGK, v_BTGK, False, dropout, bias, scale)
+
+
+def attend_varlen(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    documents: Documents,
+    causal: bool,
+    dropout: float,
+    scale: float,
+) -> Tensor:
+    """`attend` within documents by flash-attn, to which the batch is one row of documents."""
+    bounds, longest = documents.bounds
+    flat = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
+    out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, dropout, scale, causal)
+    return out.view(q_BTHK.shape)
 
 
 class LayerCache:
@@ -98,10 +173,10 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key-value heads (arXiv 2305.13245).
+    """Self-attention with grouped key-value heads (arXiv 2305.13245).
 
-    `qk_norm` puts an RMSNorm over each query and key head, before the positions (as in arXiv 2302.05442,
-    section 2.1, with LayerNorm).
+    head_width: None means width / heads. `qk_norm` puts an RMSNorm over each query and key head, before the
+    positions (as in arXiv 2302.05442, section 2.1, with LayerNorm). scale: of the scores, see `attend`.
     """
 
     def __init__(
@@ -111,20 +186,31 @@ class Attention(nn.Module):
         kv_heads: int,
         *,
         bias: bool,
-        qk_norm: bool,
-        dropout: float,
         residual_std: float,
+        dropout: float = 0.0,
+        causal: bool = True,
+        qk_norm: bool = False,
+        head_width: int | None = None,
+        norm_eps: float = 1e-5,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_width, self.dropout = heads, kv_heads, width // heads, dropout
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width or width // heads
+        self.causal, self.dropout, self.scale = causal, dropout, scale
         self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_width, bias)
-        self.project = Linear(width, width, bias, std=residual_std)
-        self.query_norm = nn.RMSNorm(self.head_width, eps=1e-5) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_width, eps=1e-5) if qk_norm else nn.Identity()
+        self.project = Linear(heads * self.head_width, width, bias, std=residual_std)
+        self.query_norm = nn.RMSNorm(self.head_width, eps=norm_eps) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(self.head_width, eps=norm_eps) if qk_norm else nn.Identity()
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None
+        self,
+        x_BTD: Tensor,
+        rotary: Table | None = None,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
+        """bias: added to the scores, [1 or B, 1 or H, T, S]."""
         heads_BTHK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width))
         q_BTHK, k_BTGK, v_BTGK = heads_BTHK.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
@@ -133,4 +219,5 @@ class Attention(nn.Module):
         if cache is not None:
             k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)
         dropout = self.dropout if self.training else 0.0
-        return self.project(attend(q_BTHK, k_BTGK, v_BTGK, causal=True, dropout=dropout).flatten(2))
+        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, self.causal, dropout, documents, bias, self.scale)
+        return self.project(out_BTHK.flatten(2))

@@ -29,7 +29,7 @@ def generate(
 
     Raises ValueError with one line that begins with the argument's name for an argument that cannot be.
     """
-    _check(model, tokens, max_new_tokens, temperature, top_k, top_p)
+    check_request(model.vocabulary_size, tokens, max_new_tokens, temperature, top_k, top_p)
     return _generate(model, list(tokens), max_new_tokens, temperature, top_k, top_p, seed, end_of_text)
 
 
@@ -86,19 +86,20 @@ def truncated_probabilities(logits_V: Tensor, top_k: int | None, top_p: float | 
     return torch.empty_like(p_V).scatter_(-1, order_V, p_V)
 
 
-def _check(
-    model: GPT,
+def check_request(
+    vocabulary_size: int,
     tokens: Sequence[int],
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
 ) -> None:
+    """Refuse, with one line that begins with the argument's name, what cannot be generated from or with."""
     if not tokens:
         raise ValueError("tokens: the prompt is empty; give at least one token, such as end of text")
-    outside = [token for token in tokens if not 0 <= token < model.vocabulary_size]
+    outside = [token for token in tokens if not 0 <= token < vocabulary_size]
     if outside:
-        raise ValueError(f"tokens: {outside[0]} is not below model.vocabulary_size {model.vocabulary_size}")
+        raise ValueError(f"tokens: {outside[0]} is not below model.vocabulary_size {vocabulary_size}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} is not a positive integer; give one")
     if temperature < 0:

@@ -1,9 +1,11 @@
-"""Parts every transformer here is made of: initialised linear maps, norms, feed-forwards, rotary positions.
+"""Parts every transformer here is made of: initialised linear maps, norms, feed-forwards.
 
-Shapes: B batch, T sequence, D model width, F feed-forward width, H heads, K head width.
+Shapes: B batch, T sequence, D model width, F feed-forward width.
 """
 
-import torch
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,58 +40,48 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=self.std)
 
 
-def make_norm(kind: str, width: int, bias: bool) -> nn.Module:
+def make_norm(kind: str, width: int, bias: bool, eps: float = 1e-5) -> nn.Module:
     """A norm over the last dimension: "layernorm" (with or without bias) or "rmsnorm" (never a bias)."""
     if kind == "rmsnorm":
-        return nn.RMSNorm(width, eps=1e-5)
-    return nn.LayerNorm(width, eps=1e-5, bias=bias)
+        return nn.RMSNorm(width, eps=eps)
+    return nn.LayerNorm(width, eps=eps, bias=bias)
 
 
-class GELU(nn.Module):
-    """W2 gelu(W1 x) (arXiv 1606.08415, section 2), exact or by the "tanh" approximation that GPT-2 uses.
-
-    In bfloat16 on a CPU the exact form takes about a third of the other's time (no kernel has a fast tanh).
-    """
+class FeedForward(nn.Module):
+    """W2 f(W1 x); gated W2 (f(W x) * V x) (arXiv 2002.05202, section 2), W and V in one product, W first."""
 
     def __init__(
-        self, width: int, hidden: int, bias: bool, residual_std: float, approximate: str = "none"
+        self,
+        width: int,
+        hidden: int,
+        bias: bool,
+        residual_std: float,
+        *,
+        function: Callable[[Tensor], Tensor],
+        gated: bool = False,
     ) -> None:
         super().__init__()
-        self.approximate = approximate
-        self.expand = Linear(width, hidden, bias)
+        self.function, self.gated = function, gated
+        self.expand = Linear(width, 2 * hidden if gated else hidden, bias)
         self.project = Linear(hidden, width, bias, std=residual_std)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.project(F.gelu(self.expand(x_BTD), approximate=self.approximate))
-
-
-class SwiGLU(nn.Module):
-    """W2 (silu(W x) * V x) (arXiv 2002.05202, equation 6); W and V are one matrix product, W first."""
-
-    def __init__(self, width: int, hidden: int, bias: bool, residual_std: float) -> None:
-        super().__init__()
-        self.expand = Linear(width, 2 * hidden, bias)
-        self.project = Linear(hidden, width, bias, std=residual_std)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
+        if not self.gated:
+            return self.project(self.function(self.expand(x_BTD)))
         gate_BTF, up_BTF = self.expand(x_BTD).chunk(2, dim=-1)
-        return self.project(F.silu(gate_BTF) * up_BTF)
+        return self.project(self.function(gate_BTF) * up_BTF)
 
 
-def rotary_table(positions_T: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, K/2] in fp32 of RoPE (arXiv 2104.09864, equations 15 and 34).
+gelu_tanh = partial(F.gelu, approximate="tanh")
 
-    Computed in every forward instead of kept in a buffer: a buffer would be rounded by `.to(bfloat16)` and
-    left without values by a build on the meta device.
-    """
-    pairs = torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32)
-    angles = positions_T.float()[:, None] * base ** (-pairs / head_width)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BTHK: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + K/2) of each head by its position's angles, in fp32; returns x's dtype."""
-    cos_T1K, sin_T1K = (part[:, None, :] for part in table)
-    first, second = x_BTHK.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos_T1K - second * sin_T1K, second * cos_T1K + first * sin_T1K), dim=-1)
-    return turned.to(x_BTHK.dtype)
+# Made of (width, hidden, bias, residual_std). GELU (arXiv 1606.08415, section 2) is exact or, as in GPT-2 and
+# T5 1.1, by tanh, which takes three times as long in bfloat16 on a CPU: no kernel has a fast one.
+ACTIVATIONS: dict[str, Callable[[int, int, bool, float], FeedForward]] = {
+    "gelu": partial(FeedForward, function=F.gelu),
+    "gelu_tanh": partial(FeedForward, function=gelu_tanh),
+    "relu": partial(FeedForward, function=F.relu),
+    "swiglu": partial(FeedForward, function=F.silu, gated=True),
+    "geglu": partial(FeedForward, function=F.gelu, gated=True),
+    "geglu_tanh": partial(FeedForward, function=gelu_tanh, gated=True),
+}
+GATED = ("swiglu", "geglu", "geglu_tanh")

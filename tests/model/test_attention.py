@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model import attention
-from model.attention import LayerCache, attend, attend_cpu, attend_sdpa
+from model.attention import Attention, LayerCache, attend, attend_cpu, attend_sdpa
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -40,14 +40,17 @@ def test_attend_is_the_formula(causal: bool, kv_heads: int, queries: int, keys: 
     )
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("length", [5, 16, 23])
+@pytest.mark.parametrize("product", [1, 2**21])
 def test_cpu_blocks_equal_sdpa_with_gradients(
-    monkeypatch: pytest.MonkeyPatch, kv_heads: int, length: int
+    monkeypatch: pytest.MonkeyPatch, causal: bool, kv_heads: int, length: int, product: int
 ) -> None:
     monkeypatch.setattr(attention, "CPU_QUERIES", 8)
+    monkeypatch.setattr(attention, "CPU_PRODUCT", product)
     inputs = [x.requires_grad_() for x in tensors(length, length, kv_heads=kv_heads)]
-    ours, theirs = attend_cpu(*inputs), attend_sdpa(*inputs, causal=True)
+    ours, theirs = attend_cpu(*inputs, causal, 0.3), attend_sdpa(*inputs, causal, scale=0.3)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     upstream = torch.randn_like(ours)
     for mine, other in zip(
@@ -58,10 +61,12 @@ def test_cpu_blocks_equal_sdpa_with_gradients(
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_on_a_cpu_is_close_to_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16_on_a_cpu_is_close_to_the_formula(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
     monkeypatch.setattr(attention, "attend_sdpa", None)  # so that this must be attend_cpu
     q, k, v = (x.bfloat16() for x in tensors(32, 32))
-    torch.testing.assert_close(attend(q, k, v, True).double(), formula(q, k, v, True), atol=2e-2, rtol=2e-2)
+    ours, theirs = attend(q, k, v, causal).double(), formula(q, k, v, causal)
+    torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
 
 
 def test_many_scores_go_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +77,59 @@ def test_many_scores_go_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "CPU_SCORES", 2 * 4 * 32 * 32)
     with pytest.raises(TypeError):
         attend(q, k, v, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("queries", [9, 1])
+def test_a_bias_is_added_to_the_scores(dtype: torch.dtype, causal: bool, kv_heads: int, queries: int) -> None:
+    q, k, v = (x.to(dtype).requires_grad_() for x in tensors(queries, 9, kv_heads=kv_heads))
+    for shape in ((1, 4), (2, 4), (2, 1)):
+        bias = torch.randn(*shape, queries, 9, requires_grad=True)
+        with torch.no_grad():
+            bias[..., 3] = -torch.inf  # what a caller hides
+        keys, values = (x.repeat_interleave(4 // kv_heads, dim=2) for x in (k, v))
+        scores = torch.einsum("bthk,bshk->bhts", q.double(), keys.double()) * 0.5 + bias
+        if causal:
+            scores = scores.masked_fill(~torch.ones(queries, 9).bool().tril(9 - queries), -torch.inf)
+        expected = torch.einsum("bhts,bshk->bthk", scores.softmax(-1), values.double())
+        ours, tolerance = attend(q, k, v, causal, bias=bias, scale=0.5), 1e-5
+        if dtype == torch.bfloat16:
+            tolerance = 3e-2
+        torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
+        upstream = torch.randn(expected.shape)
+        arguments = (bias, q, k, v)
+        for mine, other in zip(
+            torch.autograd.grad(ours, arguments, upstream.to(dtype)),
+            torch.autograd.grad(expected, arguments, upstream.double()),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine.double(), other.double(), atol=5 * tolerance, rtol=5 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_scale_is_one_over_the_root_of_the_head_width_unless_given(
+    dtype: torch.dtype, causal: bool
+) -> None:
+    q, k, v = (x.to(dtype) for x in tensors(9, 9))
+    torch.testing.assert_close(attend(q, k, v, causal, scale=8**-0.5), attend(q, k, v, causal))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    scaled = attend(q * 8**0.5, k, v, causal)
+    torch.testing.assert_close(attend(q, k, v, causal, scale=1.0), scaled, atol=tolerance, rtol=tolerance)
+
+
+def test_a_layer_may_look_both_ways_and_have_heads_of_any_width() -> None:
+    layer = Attention(24, 4, 2, bias=False, residual_std=0.2, causal=False, head_width=10, scale=1.0)
+    assert layer.qkv.weight.shape == (80, 24) and layer.project.weight.shape == (24, 40)
+    x, bias = torch.randn(2, 7, 24), torch.randn(1, 4, 7, 7)
+    q, k, v = layer.qkv(x).unflatten(-1, (8, 10)).split((4, 2, 2), dim=2)
+    out = attend_sdpa(q, k, v, False, bias=bias, scale=1.0)
+    torch.testing.assert_close(layer(x, bias=bias), layer.project(out.flatten(2)))
+    changed = x.clone()
+    changed[:, -1] += 1
+    assert not torch.allclose(layer(x)[:, 0], layer(changed)[:, 0], atol=1e-3)
 
 
 def test_dropout_drops_weights_and_keeps_the_mean() -> None:

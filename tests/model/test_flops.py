@@ -21,6 +21,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kv_heads": 2},
     {"kv_heads": 1, "activation": "swiglu", "qk_norm": True},
     {"tied": False, "feedforward_width": 40, "layers": 3},
+    {"head_width": 20, "activation": "relu"},
 ]
 
 
@@ -67,6 +68,26 @@ def test_gpt2_has_twelve_width_squared_a_layer() -> None:
     counts = count(small_gpt(), 32)
     assert counts.parameters_without_embeddings == 2 * (12 * 48**2 + 13 * 48) + 2 * 48
     assert counts.forward_flops_per_token == 2 * (24 * 48**2 + 4 * 32 * 48) + 2 * 97 * 48
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_only_what_is_predicted_goes_through_the_head(share: float) -> None:
+    model, tokens = small_gpt(), torch.zeros(3, 32, dtype=torch.int64)
+    labels = tokens.clone()
+    labels[:, round(32 * share) :] = -100
+    counts = count(model, 32, share)
+    assert counts.parameters == count(model, 32).parameters
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, labels).backward()
+    assert counter.get_total_flops() == 3 * 32 * counts.training_flops_per_token
+
+
+def test_a_share_that_is_no_whole_number_of_positions_is_rounded() -> None:
+    model = small_gpt()
+    assert model.forward_flops(32, 0.1) == model.forward_flops(32, 0) + 3 * 2 * 97 * 48
+    assert model.family == "decoder"
+    assert model.tables == [model.embedding, model.positions]
+    assert small_gpt(**LLAMA).tables[1:] == []
 
 
 def test_counts_need_no_memory() -> None:

@@ -1,9 +1,19 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from model.layers import GELU, Linear, SwiGLU, make_norm, rotary_table, rotate
+from model.layers import ACTIVATIONS, GATED, Linear, make_norm
+
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "relu": lambda x: x.clamp(min=0),
+    "swiglu": lambda x: x * x.sigmoid(),
+}
+FORMULAS |= {"geglu": FORMULAS["gelu"], "geglu_tanh": FORMULAS["gelu_tanh"]}
 
 
 def test_linear_starts_with_its_spread_and_no_bias() -> None:
@@ -12,54 +22,34 @@ def test_linear_starts_with_its_spread_and_no_bias() -> None:
     assert not linear.bias.any()
 
 
-def test_rotation_depends_only_on_the_distance() -> None:
-    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-
-    def score(query: int, key: int) -> float:
-        table = rotary_table(torch.tensor([query, key]), 8, 10000.0)
-        turned = rotate(torch.cat((q, k), dim=1), table)
-        return float((turned[0, 0, 0] * turned[0, 1, 0]).sum())
-
-    assert score(3, 1) == pytest.approx(score(12, 10), abs=1e-5)
-    assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-3)
-
-
-def test_rotation_keeps_length_and_leaves_position_zero_alone() -> None:
-    x = torch.randn(2, 5, 3, 8)
-    turned = rotate(x, rotary_table(torch.arange(5), 8, 10000.0))
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    assert torch.equal(turned[:, 0], x[:, 0])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_feedforwards_are_their_formulas(name: str, bias: bool) -> None:
+    x, feedforward = torch.randn(3, 8), ACTIVATIONS[name](8, 16, bias, 0.5)
+    for parameter in feedforward.parameters():
+        nn.init.normal_(parameter)  # wide enough for the two forms of GELU to differ
+    assert (feedforward.expand.bias is not None) == bias
+    inner = F.linear(x, feedforward.expand.weight, feedforward.expand.bias)
+    gate, up = (inner[:, :16], inner[:, 16:]) if name in GATED else (inner, 1)
+    expected = F.linear(FORMULAS[name](gate) * up, feedforward.project.weight, feedforward.project.bias)
+    torch.testing.assert_close(feedforward(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_rotation_of_bfloat16_is_the_rounded_rotation_of_float32() -> None:
-    x = torch.randn(1, 600, 1, 8).bfloat16()
-    table = rotary_table(torch.arange(600), 8, 10000.0)
-    assert rotate(x, table).dtype == torch.bfloat16
-    assert torch.equal(rotate(x, table), rotate(x.float(), table).bfloat16())
+def test_a_feedforward_adds_little_to_the_residual_at_first() -> None:
+    for make in ACTIVATIONS.values():
+        feedforward = make(100, 400, True, 0.003)
+        assert feedforward.expand.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert feedforward.project.weight.std().item() == pytest.approx(0.003, rel=0.02)
 
 
-def test_feedforwards_are_their_formulas() -> None:
-    x = torch.randn(3, 8)
-    exact = GELU(8, 16, True, 0.5)
-    nn.init.normal_(exact.expand.weight)  # wide enough for the two forms to differ
-    inner = F.linear(x, exact.expand.weight)
-    half = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
-    torch.testing.assert_close(exact(x), F.linear(half, exact.project.weight), atol=1e-6, rtol=1e-6)
-    tanh = GELU(8, 16, True, 0.5, approximate="tanh")
-    tanh.load_state_dict(exact.state_dict())
-    half = 0.5 * inner * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (inner + 0.044715 * inner**3)))
-    torch.testing.assert_close(tanh(x), F.linear(half, exact.project.weight), atol=1e-6, rtol=1e-6)
-    swiglu = SwiGLU(8, 16, False, 0.02)
-    gate, up = F.linear(x, swiglu.expand.weight[:16]), F.linear(x, swiglu.expand.weight[16:])
-    torch.testing.assert_close(swiglu(x), F.linear(gate * gate.sigmoid() * up, swiglu.project.weight))
-
-
-def test_norms() -> None:
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+def test_norms(eps: float) -> None:
     x = torch.randn(4, 8) * 3 + 1
-    rms = make_norm("rmsnorm", 8, True)
-    torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+    rms = make_norm("rmsnorm", 8, True, eps)
+    torch.testing.assert_close(rms(x), x / (x.square().mean(-1, keepdim=True) + eps).sqrt())
     assert [name for name, _ in rms.named_parameters()] == ["weight"]
-    layer = make_norm("layernorm", 8, False)
-    torch.testing.assert_close(layer(x).mean(-1), torch.zeros(4), atol=1e-6, rtol=0)
+    layer = make_norm("layernorm", 8, False, eps)
+    centred = x - x.mean(-1, keepdim=True)
+    torch.testing.assert_close(layer(x), centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt())
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
     assert len(list(make_norm("layernorm", 8, True).parameters())) == 2

@@ -105,3 +105,32 @@ def test_fp16_gradients_of_many_tokens_do_not_overflow() -> None:
     errors_V = logits_BTV.softmax(-1)[0, 0] - torch.tensor([1.0, 0, 0, 0])
     expected_VD = errors_V[:, None] * torch.full((width,), 4.0)
     torch.testing.assert_close(head.weight.grad.float(), expected_VD, rtol=5e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize("ignored", [0, 5, 32])
+def test_bias_is_in_logits_loss_and_gradients(ignored: int) -> None:
+    head, (hidden, labels) = LMHead(97, 16, bias=True), batch(ignored)
+    assert head.bias is not None and not head.bias.any()
+    nn.init.normal_(head.bias)
+    torch.testing.assert_close(head(hidden), hidden @ head.weight.T + head.bias)
+    inputs = (hidden, head.weight, head.bias)
+    ours = torch.autograd.grad(head(hidden, labels) * 0.37, inputs)
+    theirs = torch.autograd.grad(plain_loss(head, hidden, labels) * 0.37, inputs)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_tokens_are_zero_with_zero_gradients(dtype: torch.dtype) -> None:
+    head = LMHead(97, 16, bias=True).to(dtype)
+    hidden = torch.empty(0, 16, dtype=dtype, requires_grad=True)
+    loss = head(hidden, torch.empty(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    for parameter in head.parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == dtype and not parameter.grad.any()
+
+
+def test_untied_weight_starts_with_the_spread_asked_for() -> None:
+    assert LMHead(500, 64, std=0.1).weight.std().item() == pytest.approx(0.1, rel=0.03)

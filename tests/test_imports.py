@@ -19,7 +19,7 @@ TRAIN = [
     {"config"},
     {"rundir", "deepspeed_config", "hardware"},
     {"objective", "optim", "engine"},
-    {"checkpoint"},
+    {"checkpoint", "pretrained"},
     {"eval", "log", "start"},
     {"run"},
     {"__main__"},

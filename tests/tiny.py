@@ -13,19 +13,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def corpus(folder: Path, documents: int = 40) -> Path:
-    """Text files with some regularity to learn."""
+    """Text files with some regularity to learn, and in each the name of a class, and Chinese."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(documents):
         lines = [f"item {index * 7 % 10} follows item {(index + line) % 10}, é" for line in range(20)]
+        lines.append("raise ValueError('李明在北京大学学习')")
         (folder / f"{index:03d}.txt").write_text("\n".join(lines))
     return folder
 
 
-def overrides(folder: Path) -> list[str]:
-    """Command-line overrides of a run of a few seconds in `folder`, on the corpus in folder/text."""
+def overrides(folder: Path, *more: str) -> list[str]:
+    """Command-line overrides of a run of a few seconds in `folder`, on the corpus in folder/text.
+
+    more: further ones; an experiment among them brings its own tokenizer and model.
+    """
+    own = [] if any(one.startswith("experiment=") for one in more) else ["tokenizer=bytes", "model=gpt-nano"]
     return [
+        *own,
         *("data=text", f"data.source.paths={folder}/text/*.txt", f"data.directory={folder}/prepared"),
-        *("tokenizer=bytes", "model=gpt-nano", "track=disabled", "data.validation.share=0.2"),
+        *("track=disabled", "data.validation.share=0.2"),
         *(
             "sequence_length=32",
             "global_batch=8",
@@ -34,13 +40,14 @@ def overrides(folder: Path) -> list[str]:
             "schedule.warmup=1",
         ),
         *("log.every=1", "evaluation.every=3", "checkpoint.every=3", "optim.learning_rate=3e-3"),
+        *more,
     ]
 
 
 def config(folder: Path, *more: str) -> RunConfig:
     """The config of such a run."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return from_hydra(compose("config", overrides=[*overrides(folder), *more]))
+        return from_hydra(compose("config", overrides=overrides(folder, *more)))
 
 
 def begun(folder: Path, name: str, world_size: int, *more: str) -> Path:

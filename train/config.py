@@ -16,6 +16,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from data.loader import METHODS
+
 PRECISIONS = ("bf16", "fp16", "fp32")
 WANDB_MODES = ("offline", "online", "disabled")
 
@@ -34,6 +36,14 @@ class Horizon:
     steps: int | None = None
     tokens: float | None = None
     epochs: float | None = None
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """Which stretches of the corpus share a sequence."""
+
+    method: str = "chunk"  # "chunk": windows cut off one after the other; "best_fit": documents kept whole
+    isolate: bool = False  # documents in one sequence do not see each other, and positions restart
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ class RunConfig:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    packing: PackingConfig = field(default_factory=PackingConfig)
     optim: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -170,6 +181,7 @@ def check(config: RunConfig) -> None:
     _positive(f"horizon.{given[0]}", getattr(config.horizon, given[0]))
     for key in ("model", "objective", "optim", "schedule", "tokenizer"):
         _require("_target_" in getattr(config, key), f"{key}: has no _target_; choose one with {key}=…")
+    _one_of("packing.method", config.packing.method, METHODS)
     _check_engine(config.engine)
     _positive("evaluation.every", config.evaluation.every)
     _positive("evaluation.sample_tokens", config.evaluation.sample_tokens)
@@ -240,7 +252,7 @@ def micro_batch(config: RunConfig, world_size: int) -> int:
 
 
 def total_steps(config: RunConfig, samples: int) -> int:
-    """Optimizer steps of the horizon over a training set of `samples` sequences."""
+    """Optimizer steps of the horizon over a training set of `samples` sequences, each of sequence_length."""
     horizon = config.horizon
     if horizon.steps is not None:
         return horizon.steps

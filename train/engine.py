@@ -19,7 +19,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,14 @@ class Step:
 
     loss_sum: this rank's sum of token losses in nats. count: tokens with loss in the whole global batch.
     gradient_norm: global L2 norm before clipping. skipped: fp16 overflow, parameters unchanged.
+    metrics: this rank's sums of what else the objective counts, by name.
     """
 
     loss_sum: Tensor
     count: int
     gradient_norm: float
     skipped: bool
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -201,23 +203,25 @@ class Engine:
         (total,) = self.world.sum(sum(self.objective.count(batch) for batch in batches))
         loss_sum = torch.zeros((), device=self.world.device)
         norm = None
+        metrics: dict[str, Tensor] = {}
         for batch in batches:
-            batch_sum, _, _ = self.objective(self.engine, batch)
+            batch_sum, _, counts = self.objective(self.engine, batch)
             # DeepSpeed averages gradients over ranks; the objective sums over tokens.
             self.engine.backward(batch_sum * (self.world.size / max(1.0, total)), scale_wrt_gas=False)
             if self.engine.is_gradient_accumulation_boundary():
                 norm = self._unsharded_norm()
             self.engine.step()
             loss_sum += batch_sum.detach()
+            metrics = {name: value + metrics.get(name, 0) for name, value in counts.items()}
         norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return Step(loss_sum, int(total), float(norm or 0.0), skipped=not self.engine.was_step_applied())
+        skipped = not self.engine.was_step_applied()
+        return Step(loss_sum, int(total), float(norm or 0.0), skipped, metrics)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of token losses in nats and number of tokens with loss, of one micro batch of this rank."""
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the objective says of one micro batch of this rank: loss sum in nats, count, more sums."""
         self.engine.eval()
-        loss_sum, count, _ = self.objective(self.engine, self._to_device(batch))
-        return loss_sum, count
+        return self.objective(self.engine, self._to_device(batch))
 
     def save(self, directory: Path, tag: str, state: dict[str, Any]) -> dict[str, Tensor] | None:
         """Write the sharded state to directory/tag (all ranks); returns the whole weights on rank 0."""

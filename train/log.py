@@ -112,10 +112,14 @@ class Log:
             return
         result, baseline = last["eval"], last["baseline"]
         self.say(
-            f"validation loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}\n"
-            f"bits per byte of the held-out text: model {result['bits_per_byte']:.3f},"
-            f" gzip -9 {baseline['gzip_bits_per_byte']:.3f}, xz -9 {baseline['xz_bits_per_byte']:.3f}"
+            f"validation loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f};"
+            f" unigram model {baseline['unigram_loss']:.4f}"
         )
+        if result["bits_per_byte"] is not None:
+            self.say(
+                f"bits per byte of the held-out text: model {result['bits_per_byte']:.3f},"
+                f" gzip -9 {baseline['gzip_bits_per_byte']:.3f}, xz -9 {baseline['xz_bits_per_byte']:.3f}"
+            )
         if "sample" in last:
             self.say(f"sample:\n{last['sample']['prompt']}{last['sample']['text']}")
         self.say(f"run directory: {self._rundir.path}")
@@ -158,7 +162,7 @@ class Log:
 class Window:
     """The steps between two readings of a Meter: this rank's seconds and loss, the global batch's tokens.
 
-    skipped: steps that changed nothing because fp16 overflowed.
+    skipped: steps that changed nothing because fp16 overflowed. metrics: this rank's other sums.
     """
 
     seconds: float
@@ -168,6 +172,7 @@ class Window:
     count: int
     loss_sum: Tensor
     skipped: int
+    metrics: dict[str, Tensor]
 
 
 class Meter:
@@ -186,6 +191,8 @@ class Meter:
         self._count += step.count
         self._skipped += step.skipped
         self._loss_sum = self._loss_sum + step.loss_sum
+        for name, value in step.metrics.items():
+            self._metrics[name] = value + self._metrics.get(name, 0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -200,7 +207,8 @@ class Meter:
         waited = self._loader.waited_s - self._waited_s
         share = waited / seconds
         loss_sum = torch.as_tensor(self._loss_sum)
-        window = Window(seconds, share, self._steps, self._tokens, self._count, loss_sum, self._skipped)
+        counts = (self._steps, self._tokens, self._count)
+        window = Window(seconds, share, *counts, loss_sum, self._skipped, self._metrics)
         self._reset()
         return window
 
@@ -208,6 +216,7 @@ class Meter:
         self._start, self._waited_s = time.perf_counter(), self._loader.waited_s
         self._steps = self._tokens = self._count = self._skipped = 0
         self._loss_sum = 0.0
+        self._metrics: dict[str, Tensor] = {}
 
 
 def _finite(value: Any) -> Any:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.cli import instantiate, main_guard
-from data.loader import Loader, evaluation_batches, training_samples
+from data.loader import Loader, evaluation_batches, pack
 from data.order import Order
-from data.shards import TokenStream
+from data.shards import TokenStream, read_manifest
 from data.tokenizer import load_tokenizer
 from model.flops import count
-from model.generate import generate
 from train import checkpoint, deepspeed_config, hardware
 from train.config import RunConfig, load, micro_batch, total_steps
 from train.engine import Engine, World, start_world, stop_world
-from train.eval.evaluate import evaluate
+from train.eval.evaluate import evaluate, unigram_loss
+from train.eval.sample import respond
 from train.log import Log, Meter
 from train.optim.groups import decay_groups
+from train.pretrained import load_pretrained
 from train.rundir import RunDir, environment
 from train.start import build_model
+
+UNIGRAM_TOKENS = 2**20  # of training text that the unigram model counts
 
 
 class Run:
@@ -34,29 +37,35 @@ class Run:
     def __init__(self, rundir: RunDir, config: RunConfig, world: World) -> None:
         self.rundir, self.config, self.world = rundir, config, world
         prepared = rundir.prepared()
-        self.stream, self.validation = (TokenStream(prepared, split) for split in ("train", "validation"))
         self.tokenizer = load_tokenizer(prepared / "tokenizer")
-        self.baselines = json.loads((prepared / "manifest.json").read_text())["splits"]["validation"]
+        self.baselines = read_manifest(prepared)["splits"]["validation"]
         self.objective = instantiate(config.objective, "objective")
+        self.collate = self.objective.collator(prepared, config.sequence_length, config.packing.isolate)
+        self.stream = self.objective.training_stream(prepared)
+        self.validation = TokenStream(prepared, "validation")
         self.schedule = instantiate(config.schedule, "schedule")
         with world.device:
             model = build_model(config, self.stream.vocabulary_size)
-        self.counts = count(model, config.sequence_length)  # type: ignore[arg-type]
+        share = self.objective.predicted_share
+        self.counts = count(model, config.sequence_length, share)  # type: ignore[arg-type]
+        if config.model.get("init_from") and not checkpoint.steps(rundir.checkpoints):
+            load_pretrained(model, Path(config.model["init_from"]))
         optimizer = instantiate(config.optim, "optim")
         groups = decay_groups(model, optimizer.weight_decay)
         self.engine = Engine(
             config, model, self.objective, optimizer(groups, config.engine.offload_optimizer), world
         )
-        samples = training_samples(self.stream, config.sequence_length)
-        self.total_steps = total_steps(config, samples)
+        method, window = config.packing.method, self.collate.window
+        self.packing = pack(self.stream, method, window, training=True)
+        self.held_out = pack(self.validation, method, window, training=False)
+        self.total_steps = total_steps(config, self.packing.samples)
         self.shape: dict[str, Any] = {
-            "sequence_length": config.sequence_length,
             "micro_batch": micro_batch(config, world.size),
             "rank": world.rank,
             "world_size": world.size,
         }
-        order = Order(samples, config.global_batch, config.seed)
-        self.loader = Loader(self.stream, order, self.objective.collate, **self.shape)
+        order = Order(self.packing.samples, config.global_batch, config.seed)
+        self.loader = Loader(self.packing, order, self.collate, **self.shape)
         peak = hardware.peak_flops(config.engine.precision)
         self.peak_flops = None if peak is None else world.sum(peak)[0]
         self.tokens_per_step = config.global_batch * config.sequence_length
@@ -99,9 +108,11 @@ class Run:
         }
         derived = deepspeed_config.derive(self.config, self.world.size)
         self.rundir.record(derived, dataclasses.asdict(self.counts), found)
+        usage = self.packing.usage()
         if first == 0:
             baselines = {k: self.baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
-            self._write("baseline", 0, **baselines)
+            self._write("baseline", 0, unigram_loss=self._unigram_loss(), **baselines)
+            self._write("packing", 0, used_share=usage.used_share, **dataclasses.asdict(usage))
         event = "resume" if first else "start"
         message = f"{event} at step {first} of {self.total_steps}, commit {found['commit']}"
         self._write("event", first, event=event, message=message)
@@ -112,12 +123,32 @@ class Run:
             f" {self.tokens_per_step:,} tokens, {self.world.size} rank(s),"
             f" ZeRO-{self.config.engine.zero_stage}, {self.config.engine.precision}"
         )
+        self.log.say(
+            f"packing.{self.config.packing.method}: {usage.used_share:.2%} of the positions of an epoch used,"
+            f" {usage.cut_documents:,} of {self.stream.documents:,} documents cut,"
+            f" {usage.dropped_tokens:,} tokens dropped"
+        )
         if first:
             self.log.say(f"going on from step {first}")
 
+    def _unigram_loss(self) -> float:
+        """Of the objective's own labels, whose frequencies are those of the first steps."""
+        alone = {"micro_batch": self.shape["micro_batch"], "rank": 0, "world_size": 1}
+        order = Order(self.packing.samples, self.config.global_batch, self.config.seed)
+        loader = Loader(self.packing, order, self.collate, **(alone | {"micro_batch": order.global_batch}))
+        steps = range(min(self.total_steps, 1 + UNIGRAM_TOKENS // self.tokens_per_step))
+        training = (batch for step in steps for batch in loader.step(step))
+        held_out = evaluation_batches(self.held_out, self.collate, **alone)
+        loss = unigram_loss(training, held_out, self.stream.vocabulary_size)
+        loader.close()
+        return loss
+
     def _log_train(self, step: int, gradient_norm: float, meter: Meter) -> None:
         window = meter.read()
-        loss_sum, memory = self.world.sum(window.loss_sum, hardware.memory_bytes())
+        names = sorted(window.metrics)
+        loss_sum, memory, *sums = self.world.sum(
+            window.loss_sum, hardware.memory_bytes(), *(window.metrics[name] for name in names)
+        )
         if not self.log:
             return
         tokens_per_s = window.tokens / window.seconds
@@ -135,40 +166,36 @@ class Run:
             memory_bytes=int(memory),
             data_wait_share=window.data_wait_share,
             skipped_steps=window.skipped,
+            **dict(zip(names, sums, strict=True)),
         )
         left = (self.total_steps - step) * window.seconds / window.steps
         self.log.show_train(step, self.total_steps, loss, tokens_per_s, left)
 
     def _evaluate(self, step: int) -> None:
-        batches = evaluation_batches(self.validation, self.objective.collate, **self.shape)
-        result = evaluate(self.engine, batches, self.validation.bytes)
-        self._write("eval", step, **dataclasses.asdict(result))
+        batches = evaluation_batches(self.held_out, self.collate, **self.shape)
+        whole = (self.validation.bytes, self.objective.predicts_text)
+        result = evaluate(self.engine.evaluate, self.world.sum, batches, *whole)
+        values = dataclasses.asdict(result)
+        self._write("eval", step, **values.pop("metrics"), **values)
         if self.log:
+            bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
             self.log.say(
-                f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f},"
-                f" {result.bits_per_byte:.4f} bits per byte"
+                f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}"
             )
         if self.config.evaluation.prompt is not None:
             self._write("sample", step, prompt=self.config.evaluation.prompt, text=self._sample())
 
     def _sample(self) -> str:
-        """A continuation of the prompt. All ranks draw it: under ZeRO-3 each holds part of the model.
+        """The model's answer to the prompt. All ranks draw it: under ZeRO-3 each holds part of the model.
 
-        They draw equally many tokens, so that none waits for another, and cut at the end of the text after.
+        They draw equally many tokens, so that none waits for another.
         """
-        end = self.stream.end_of_text
-        prompt = self.tokenizer.encode(self.config.evaluation.prompt, add_special_tokens=False).ids or [end]
-        drawn = generate(
-            self.engine.model,  # type: ignore[arg-type]
-            prompt,
-            max_new_tokens=self.config.evaluation.sample_tokens,
-            temperature=0.8,
-            top_k=50,
-            seed=self.config.seed,
-        )
+        prompt, tokens = self.config.evaluation.prompt, self.config.evaluation.sample_tokens
+        assert prompt is not None
+        model, sampling = self.engine.model, {"temperature": 0.8, "top_k": 50, "seed": self.config.seed}
         with torch.compiler.set_stance("force_eager"):  # the growing cache would be compiled again each token
-            tokens = list(drawn)
-        return self.tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+            drawn = respond(model, self.tokenizer, prompt, max_new_tokens=tokens, to_the_end=True, **sampling)
+            return "".join(drawn)
 
     def _finish(self, first: int) -> None:
         if not self.log:

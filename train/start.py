@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
 from data.cli import instantiate
-from data.loader import training_samples
+from data.loader import pack
 from data.prepare import prepare
-from data.shards import TokenStream
+from data.shards import read_manifest
 from train.config import RunConfig, check_device, check_world
+from train.pretrained import check_pretrained
 from train.rundir import RunDir
 
 
@@ -24,18 +27,19 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
     """
     check_world(config, world_size)
     check_device(config)
-    for key in ("objective", "optim", "schedule"):
-        instantiate(getattr(config, key), key)
-    with torch.device("meta"):
-        build_model(config, vocabulary_size=1)  # what is wrong with any vocabulary shows before data is made
+    objective, *_ = (instantiate(getattr(config, key), key) for key in ("objective", "optim", "schedule"))
+    with torch.device("meta"):  # what is wrong with any vocabulary shows before data is made
+        objective.check_model(build_model(config, vocabulary_size=1))
     rundir = RunDir(config.directory)
     with rundir.beginning():
         rundir.check_resume(config, world_size)
         prepared = prepare(OmegaConf.create(config.data), OmegaConf.create(config.tokenizer))
-        train = TokenStream(prepared, "train")
-        training_samples(train, config.sequence_length)
+        collate = objective.collator(prepared, config.sequence_length, config.packing.isolate)
+        pack(objective.training_stream(prepared), config.packing.method, collate.window, training=True)
         with torch.device("meta"):
-            build_model(config, train.vocabulary_size)
+            model = build_model(config, read_manifest(prepared)["vocabulary_size"])
+        if config.model.get("init_from") and not rundir.config.exists():
+            check_pretrained(model, Path(config.model["init_from"]))
         rundir.freeze(config, prepared)
     return rundir
 
@@ -46,7 +50,7 @@ def build_model(config: RunConfig, vocabulary_size: int) -> nn.Module:
     Raises:
         ValueError: an argument that the model refuses, or a vocabulary smaller than the tokenizer's.
     """
-    node = dict(config.model)
+    node = {key: value for key, value in config.model.items() if key != "init_from"}
     node["vocabulary_size"] = node.get("vocabulary_size") or vocabulary_size
     if isinstance(node["vocabulary_size"], int) and node["vocabulary_size"] < vocabulary_size:
         raise ValueError(

@@ -86,14 +86,14 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
 def test_the_summary_stands_beside_compressors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = opened(tmp_path)
-    log.write("baseline", 0, gzip_bits_per_byte=2.5, xz_bits_per_byte=2.25)
+    log.write("baseline", 0, gzip_bits_per_byte=2.5, xz_bits_per_byte=2.25, unigram_loss=7.5)
     log.write("eval", 3, loss=9.0, perplexity=9.0, bits_per_byte=9.0)
     log.write("eval", 6, loss=1.25, perplexity=3.49, bits_per_byte=1.875)
     log.write("sample", 6, prompt="[once]", text=" upon")
     log.summary()
     log.close(failed=False)
     said = capsys.readouterr().out
-    assert "validation loss 1.2500 nats per token, perplexity 3.49" in said
+    assert "validation loss 1.2500 nats per token, perplexity 3.49; unigram model 7.5000" in said
     assert "model 1.875, gzip -9 2.500, xz -9 2.250" in said
     assert "[once] upon" in said
     assert str(tmp_path / "run") in said
@@ -113,12 +113,14 @@ def test_the_meter_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     for loss in (3.0, 5.0):
         now.seconds += 2.0
         loader.waited_s += 0.5
-        meter.add(Step(torch.tensor(loss), count=30, gradient_norm=1.0, skipped=False), tokens=32)
+        metrics = {"masked": torch.tensor(7)}
+        meter.add(Step(torch.tensor(loss), 30, gradient_norm=1.0, skipped=False, metrics=metrics), tokens=32)
         with meter.paused():
             now.seconds += 50.0
     window = meter.read()
     assert (window.seconds, window.data_wait_share) == (4.0, 0.25)
     assert (window.steps, window.tokens, window.count, float(window.loss_sum)) == (2, 64, 60, 8.0)
+    assert window.metrics == {"masked": 14}
     now.seconds += 3.0
     meter.add(Step(torch.tensor(1.0), count=5, gradient_norm=1.0, skipped=False), tokens=32)
     window = meter.read()

@@ -22,6 +22,8 @@ from train.log import read_metrics
 from train.rundir import RunDir
 from train.start import build_model
 
+SMALL = ["model.layers=1", "model.width=32", "model.heads=2"]
+PAIRS = ["objective=masked-next-sentence", "model.pair_head=true", "model.dropout=0.1"]
 CASES = [
     *[(f"zero{stage}-bf16", [f"engine=zero{stage}"]) for stage in range(4)],
     ("zero2-fp32-accumulated", ["engine.precision=fp32", "micro_batch=2"]),
@@ -31,6 +33,9 @@ CASES = [
         ["engine=zero3", "engine.activation_checkpointing=true", "evaluation.prompt=item"],
     ),
     ("zero2-offload", ["engine.offload_optimizer=true"]),
+    *[(family, [f"experiment={family}", *SMALL]) for family in ("bert-tiny", "t5-tiny", "llama-tiny")],
+    ("ernie-tiny", ["experiment=ernie-tiny", *SMALL, "objective.stages={word:0,phrase:2,entity:4}"]),
+    ("zero3-pairs", ["experiment=bert-tiny", *SMALL, "engine=zero3", *PAIRS]),
     ("zero1-compiled", ["engine=zero1", "engine.compile=true", "evaluation.prompt=item"]),
 ]
 

@@ -44,7 +44,7 @@ def test_a_run_begins_with_its_config_and_its_data(text: Path) -> None:
         ("+objective.smoothing=1", "objective.smoothing: unknown key"),
         ("+data.size=1", "data.size: unknown key"),
         ("data.source.paths=/absent/*.txt", "data.source.paths: /absent/*.txt matches no file"),
-        ("sequence_length=1000000", "sequence_length: 1000000 is longer than the"),
+        ("sequence_length=1000000", "sequence_length: a sample takes 1000000 tokens"),
     ],
 )
 def test_a_mistake_leaves_no_run_directory(text: Path, override: str, message: str) -> None:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from data.collate.causal import Causal as CausalCollate
-from data.loader import IGNORED
+from data.shards import TokenStream
+from train.objective.base import Objective
 
 
-class Causal:
+class Causal(Objective):
     """Cross-entropy of each token given those before it (GPT: Radford et al. 2018, eq. 1)."""
 
-    def __init__(self) -> None:
-        self.collate = CausalCollate()
+    families = ("decoder",)
+    predicts_text = True
 
-    def count(self, batch: dict[str, Tensor]) -> int:
-        """Tokens that carry loss, known before the forward pass."""
-        return int((batch["labels"] != IGNORED).sum())
+    def collator(self, prepared: Path, sequence_length: int, isolate: bool) -> CausalCollate:
+        return CausalCollate(sequence_length, TokenStream(prepared, "train").end_of_text, isolate)
 
-    def __call__(
-        self, model: Callable[..., Any], batch: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum of token losses in nats (fp32 scalar), number of tokens, further sums to log (none)."""
-        labels = batch["labels"]
-        return model(batch["tokens"], labels), (labels != IGNORED).sum(), {}
+    def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["tokens"], batch["labels"], documents_BT=batch.get("documents"))

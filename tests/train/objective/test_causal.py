@@ -34,7 +34,14 @@ def test_a_batch_without_labels_weighs_nothing() -> None:
     assert loss_sum == 0 and count == 0
 
 
-def test_its_batches_come_from_the_causal_collator() -> None:
-    from data.collate.causal import Causal as Collate
-
-    assert isinstance(Causal().collate, Collate)
+def test_documents_of_a_batch_reach_the_model() -> None:
+    torch.manual_seed(0)
+    model = GPT(vocabulary_size=11, sequence_length=6, layers=1, width=8, heads=2)
+    batch = {"tokens": torch.randint(11, (1, 6)), "labels": torch.randint(11, (1, 6))}
+    batch["documents"] = torch.tensor([[0, 0, 1, 1, 1, 1]], dtype=torch.int32)
+    whole, _, _ = Causal()(model, batch)
+    parts = [
+        Causal()(model, {key: batch[key][:, part] for key in ("tokens", "labels")})[0]
+        for part in (slice(0, 2), slice(2, 6))
+    ]
+    torch.testing.assert_close(whole, parts[0] + parts[1])

@@ -1,10 +1,12 @@
 """Measure this machine and the engine on it, in one run.
 
-    python -m launch.bench [--only small large data memory] [--steps 100] [--rounds 12] [--json FILE]
+    python -m launch.bench [--only small large data packing memory] [--steps 100] [--rounds 12] [--json FILE]
 
 small    6 layers x 384: a plain fp32 loop and the bf16 engine train on the same text in turn, --steps steps
 large    6 layers x 768: the same for --rounds steps
 data     the order's jump, and preparation beside the bare tokenizer
+packing  small at sequences of 256 and 512: --rounds steps with documents kept apart beside plain ones; takes
+         minutes, so only where it is asked for
 memory   of preparing 20 MB and 200 MB; takes minutes, so only where it is asked for
 
 Both shapes measure the matrix-product peak between their steps, and show where the engine's time goes. It is
@@ -27,6 +29,9 @@ from rich.table import Table
 
 from data.cli import main_guard
 from launch.bench_data import MEMORY_BYTES, jump_seconds, memory, preparation, prepare_library
+from launch.bench_packing import MEANS, packing
+from launch.bench_packing import PRECISIONS as PACKING_PRECISIONS
+from launch.bench_packing import SHAPES as PACKING_SHAPES
 from launch.bench_profile import profile_steps, waiting_share
 from launch.bench_training import (
     ENGINE,
@@ -45,7 +50,7 @@ from train.hardware import device_name
 
 SHAPES = {shape.name: shape for shape in (SMALL, LARGE)}
 DEFAULT = ("small", "large", "data")
-SECTIONS = (*DEFAULT, "memory")
+SECTIONS = (*DEFAULT, "packing", "memory")
 PROFILED_STEPS, WAITING_STEPS = 4, 6
 PREPARATIONS = 6
 
@@ -127,6 +132,19 @@ def data_lines(result: dict[str, Any]) -> str:
     )
 
 
+def packing_table(results: list[dict[str, Any]]) -> Table:
+    """What is shown of packing."""
+    title = "packing: step with documents / plain step (best / best), by their mean tokens"
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    for heading in ("length", "", "plain ms", *MEANS):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        ratios = (f"{result['ratios'][name]:.2f} ({result['ratios_best'][name]:.2f})" for name in MEANS)
+        plain = f"{result['plain_s'] * 1e3:,.0f}"
+        table.add_row(str(result["sequence_length"]), result["precision"], plain, *ratios)
+    return table
+
+
 def bench(sections: list[str], steps: int, rounds: int, console: Console) -> dict[str, Any]:
     """Measure the sections, printing each when it is done; all figures, as plain numbers in SI units."""
     world = start_world()
@@ -148,6 +166,11 @@ def bench(sections: list[str], steps: int, rounds: int, console: Console) -> dic
             tokenizer = prepare_library(SMALL.vocabulary_size) / "tokenizer" / "tokenizer.json"
             results["data"] = measure_data(tokenizer, progress)
             progress.console.print(data_lines(results["data"]))
+        if "packing" in sections:
+            total = len(PACKING_SHAPES) * len(PACKING_PRECISIONS) * rounds
+            task = progress.add_task("packing: plain and documents in turn", total=total)
+            results["packing"] = packing(rounds, lambda: progress.advance(task))
+            progress.console.print(packing_table(results["packing"]))
         if "memory" in sections:
             task = progress.add_task("memory of preparation", total=len(MEMORY_BYTES))
             peaks = memory(MEMORY_BYTES, lambda: progress.advance(task))
@@ -173,7 +196,9 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(DEFAULT), help="what to measure")
     parser.add_argument("--steps", type=_at_least_two, default=100, help="steps of small (default 100)")
-    parser.add_argument("--rounds", type=_at_least_two, default=12, help="steps of large (default 12)")
+    parser.add_argument(
+        "--rounds", type=_at_least_two, default=12, help="steps of large and of packing (default 12)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     arguments = parser.parse_args()
     if torch.cuda.is_available():

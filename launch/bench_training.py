@@ -16,7 +16,7 @@ from statistics import mean, median
 import torch
 import torch.nn.functional as F
 
-from data.loader import Batch, Loader, training_samples
+from data.loader import Batch, Loader, pack
 from data.order import Order
 from data.shards import TokenStream
 from model.flops import count
@@ -80,9 +80,10 @@ def make_loader(shape: Shape, prepared: Path) -> Loader:
         raise ValueError(
             f"{prepared}: has {stream.vocabulary_size} tokens, the model {shape.vocabulary_size}"
         )
-    order = Order(training_samples(stream, shape.sequence_length), shape.batch, seed=0)
-    sizes = {"sequence_length": shape.sequence_length, "micro_batch": shape.batch}
-    return Loader(stream, order, Causal().collate, **sizes, rank=0, world_size=1)
+    packing = pack(stream, "chunk", shape.sequence_length, training=True)
+    order = Order(packing.samples, shape.batch, seed=0)
+    collate = Causal().collator(prepared, shape.sequence_length, isolate=False)
+    return Loader(packing, order, collate, micro_batch=shape.batch, rank=0, world_size=1)
 
 
 def warmup(step: int) -> float:

@@ -1,7 +1,10 @@
 """Text from a run's model, streamed to the terminal.
 
     python -m launch.generate run=runs/demo prompt="def main(" max_new_tokens=200 temperature=0.8 seed=1
+    python -m launch.generate run=runs/bert-tiny prompt="import [MASK] as np"
+    python -m launch.generate run=runs/t5-tiny prompt="for i in <extra_id_0>(10):"
 
+A decoder continues the prompt, an encoder fills its masks, an encoder-decoder says what its sentinels hide.
 On a GPU the model computes in the run's precision, on a CPU in fp32.
 """
 
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +22,19 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
+from torch import nn
 
 from data.cli import main_guard, one_line_errors
-from data.tokenizer import END_OF_TEXT, load_tokenizer, vocabulary_size
-from model.generate import generate
-from model.gpt import GPT
+from data.tokenizer import load_tokenizer, vocabulary_size
 from train.checkpoint import load_weights
 from train.config import load
+from train.eval.sample import respond
 from train.hardware import DTYPES
 from train.rundir import RunDir
 from train.start import build_model
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 LATEST = "latest"
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what bytes that are not (yet) a character decode to
 
 
 @dataclass(frozen=True)
@@ -79,30 +81,26 @@ def from_hydra(node: DictConfig) -> Request:
 
 
 def stream(request: Request) -> Iterator[str]:
-    """The text that continues the prompt, piece by piece. Everything is loaded and checked before it returns.
+    """The model's answer to the prompt, piece by piece. Everything is loaded and checked before it returns.
 
     Raises ValueError in one line for a run without a checkpoint, or a number that cannot be.
     """
     model, tokenizer = load_model(
         Path(request.run), None if request.checkpoint == LATEST else int(request.checkpoint)
     )
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    assert end_of_text is not None, "every tokenizer that data.tokenizer saves has it"
-    prompt = tokenizer.encode(request.prompt, add_special_tokens=False).ids or [end_of_text]
-    tokens = generate(
+    return respond(
         model,
-        prompt,
+        tokenizer,
+        request.prompt,
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,
         top_k=request.top_k,
         top_p=request.top_p,
         seed=request.seed,
-        end_of_text=end_of_text,
     )
-    return decoded(tokenizer, prompt, tokens)
 
 
-def load_model(directory: Path, step: int | None = None) -> tuple[GPT, Tokenizer]:
+def load_model(directory: Path, step: int | None = None) -> tuple[nn.Module, Tokenizer]:
     """The model and the tokenizer of a run, on the GPU if there is one.
 
     step: of the checkpoint; None means the newest. Raises ValueError in one line where the run, its tokenizer
@@ -116,34 +114,9 @@ def load_model(directory: Path, step: int | None = None) -> tuple[GPT, Tokenizer
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "cpu"):
         model = build_model(config, vocabulary_size(tokenizer))
-    if not isinstance(model, GPT):
-        raise ValueError(f"{rundir.config}: model {type(model).__name__} does not generate text")
     model.to(DTYPES[config.engine.precision] if on_gpu else torch.float32)
     load_weights(model, rundir.checkpoints, step)
-    return model, tokenizer
-
-
-def decoded(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `tokens` after a prompt, in pieces that hold whole characters.
-
-    Their concatenation is decode(prompt + tokens) without its beginning, decode(prompt). A token may end amid
-    the bytes of a character, and what it decodes to depends on the token before (a space, say). So tokens are
-    decoded together with the piece before them, and held back until they end with a whole character.
-    """
-    pending = list(prompt)
-    shown = text = tokenizer.decode(pending)
-    context = len(pending)
-    for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if text == shown or text.endswith(BROKEN):
-            continue
-        yield text[len(shown) :]
-        pending = pending[context:]
-        context = len(pending)
-        shown = text = tokenizer.decode(pending)
-    if text != shown:
-        yield text[len(shown) :]  # the last bytes are no whole character
+    return model.eval(), tokenizer
 
 
 def quoted(argument: str) -> str:

@@ -125,6 +125,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
         "loss": evaluation.get("loss"),
         "perplexity": evaluation.get("perplexity"),
         "bits_per_byte": evaluation.get("bits_per_byte"),
+        "unigram_loss": baseline.get("unigram_loss"),
         "gzip_bits_per_byte": baseline.get("gzip_bits_per_byte"),
         "xz_bits_per_byte": baseline.get("xz_bits_per_byte"),
         "training_loss": train[-1].get("loss") if train else None,

@@ -129,6 +129,7 @@ def _facts(figures: dict[str, Any], run: RunRecord) -> dict[str, str]:
         "Status": _status(figures["steps"], figures["planned_steps"]),
         "Validation loss (nats per token)": _number(".4f")(figures["loss"])
         + (f" (at step {figures['evaluated_at']:,})" if stale else ""),
+        "Unigram model's loss on the same labels": _number(".4f")(figures["unigram_loss"]),
         "Perplexity (per token)": _number(".2f")(figures["perplexity"]),
         "Bits per byte": _beside_gzip(figures["bits_per_byte"], figures["gzip_bits_per_byte"]),
         "gzip -9, bits per byte": _number(".3f")(figures["gzip_bits_per_byte"]),

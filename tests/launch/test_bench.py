@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -27,6 +28,8 @@ from launch.bench_data import (
     jump_seconds,
     preparation,
 )
+from launch.bench_packing import MEANS, document_ids, packing
+from launch.bench_packing import PRECISIONS as PACKING_PRECISIONS
 from launch.bench_profile import BACKWARD, CATEGORIES, PREFIX, STEP, shares
 from launch.bench_training import ENGINE, LARGE, PLAIN, SMALL, Shape, Timings, build
 from model.flops import count
@@ -174,6 +177,43 @@ def test_preparation_is_measured_beside_the_tokenizer(monkeypatch: pytest.Monkey
     assert figures["relative_median"] == 0.75 and figures["relative_best"] == 0.5
     assert figures["bare_bytes_per_s"] == pytest.approx(figures["bytes"] / 3)
     assert figures["bytes"] > 10**6
+
+
+def test_packing_is_measured_beside_plain_steps() -> None:
+    rounds: list[int] = []
+    results = packing(3, lambda: rounds.append(1), (TINY,))
+    assert len(rounds) == 3 * len(PACKING_PRECISIONS)
+    assert [result["precision"] for result in results] == list(PACKING_PRECISIONS)
+    for result in results:
+        assert (result["sequence_length"], result["batch"]) == (32, 4)
+        assert result["plain_s"] > 0 and list(result["ratios"]) == list(MEANS)
+    assert json.loads(json.dumps(results)) == results
+    console = Console(file=io.StringIO(), width=140)
+    same = dict.fromkeys(MEANS, 0.876)
+    console.print(
+        bench.packing_table([{**results[0], "plain_s": 0.1234, "ratios": same, "ratios_best": same}])
+    )
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "123" in shown and shown.count("0.88 (0.88)") == len(MEANS)
+
+
+def test_packing_ratios_are_those_of_neighbouring_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"plain": [9.0, 2.0, 1.0, 4.0], **{name: [1.0, 3.0, 1.0, 4.8] for name in MEANS}}
+    monkeypatch.setattr("launch.bench_packing._seconds", lambda *_: seconds)
+    result = packing(4, lambda: None, (TINY,))[0]
+    assert result["plain_s"] == 2.0
+    assert result["ratios"] == pytest.approx(dict.fromkeys(MEANS, 1.2))  # of 1.5, 1, 1.2
+    assert result["ratios_best"] == pytest.approx(dict.fromkeys(MEANS, 1.0))
+
+
+@pytest.mark.parametrize("mean", [500, 25])
+def test_measured_documents_have_the_length_they_are_said_to_have(mean: int) -> None:
+    shape = Shape("wide", layers=1, width=32, heads=2, sequence_length=1000, batch=1000, vocabulary_size=300)
+    ids = document_ids(shape, mean, np.random.default_rng(0))
+    assert ids.shape == (1000, 1000) and ids.dtype == torch.int32
+    assert shape.tokens / int(ids.max()) == pytest.approx(mean, rel=0.1)
+    assert set(ids.flatten().diff().tolist()) == {0, 1}
+    assert not document_ids(shape, None, np.random.default_rng(0)).any()
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 
 from data.tokenizer import BPE, END_OF_TEXT, Bytes, Characters, WordPiece, load_tokenizer, save_tokenizer
 from launch import generate as command
-from launch.generate import CONF, Request, decoded, from_hydra, load_model, quoted, stream
+from launch.generate import CONF, Request, from_hydra, load_model, quoted, stream
 from model.gpt import GPT
 from train.checkpoint import WEIGHTS, path_of
 from train.config import Horizon, RunConfig, to_container
+from train.eval.sample import decoded
 from train.rundir import RunDir
 
 TEXT = "the naïve café: 🙂🙃 the quick brown fox's \t jumps — 日本語\n" * 3

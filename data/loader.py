@@ -17,19 +17,25 @@ METHODS = ("chunk", "best_fit")
 
 
 class Collate(Protocol):
-    """Makes batches. window: the most tokens of the stream that one of its samples holds."""
+    """Makes batches. window: the most tokens of the stream that one of its samples holds, if they are in one
+    piece. overhead: how many fewer for every further piece."""
 
     window: int
+    overhead: int
 
     def __call__(self, samples: Sequence[Sample]) -> Batch: ...
 
 
-def pack(stream: TokenStream, method: str, window: int, training: bool) -> Packing:
-    """The samples of a stream under one of METHODS: in training whole windows only, else every token.
+def pack(stream: TokenStream, method: str, collate: Collate, training: bool) -> Packing:
+    """The samples of a stream under one of METHODS. Chunks leave out the stream's rest in training.
 
     Raises ValueError where there is none.
     """
-    packing = BestFit(stream, window) if method == "best_fit" else Chunks(stream, window, rest=not training)
+    window = collate.window
+    if method == "best_fit":
+        packing: Packing = BestFit(stream, window, collate.overhead)
+    else:
+        packing = Chunks(stream, window, rest=not training)
     if packing.samples < 1:
         raise ValueError(
             f"sequence_length: a sample takes {window} tokens, more than the {stream.tokens} of "

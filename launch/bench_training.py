@@ -80,9 +80,9 @@ def make_loader(shape: Shape, prepared: Path) -> Loader:
         raise ValueError(
             f"{prepared}: has {stream.vocabulary_size} tokens, the model {shape.vocabulary_size}"
         )
-    packing = pack(stream, "chunk", shape.sequence_length, training=True)
-    order = Order(packing.samples, shape.batch, seed=0)
     collate = Causal().collator(prepared, shape.sequence_length, isolate=False)
+    packing = pack(stream, "chunk", collate, training=True)
+    order = Order(packing.samples, shape.batch, seed=0)
     return Loader(packing, order, collate, micro_batch=shape.batch, rank=0, world_size=1)
 
 

@@ -42,7 +42,7 @@ def evaluate_run(directory: Path, objective: Any = None, step: int | None = None
     prepared = RunDir(directory).prepared()
     collate = objective.collator(prepared, config.sequence_length, config.packing.isolate)
     validation = TokenStream(prepared, "validation")
-    packing = pack(validation, config.packing.method, collate.window, training=False)
+    packing = pack(validation, config.packing.method, collate, training=False)
     size = config.micro_batch or config.global_batch
     batches = evaluation_batches(packing, collate, micro_batch=size, rank=0, world_size=1)
     device = next(model.parameters()).device

@@ -142,7 +142,7 @@ def two_steps(folder: str) -> list[tuple[list[float], list[str]]]:
         trained, rate = instantiate(run.objective, "objective"), instantiate(run.schedule, "schedule")
         prepared = prepare(OmegaConf.create(run.data), OmegaConf.create(run.tokenizer), progress=False)
         collate = trained.collator(prepared, run.sequence_length, isolate=False)
-        packing = pack(trained.training_stream(prepared), "chunk", collate.window, training=True)
+        packing = pack(trained.training_stream(prepared), "chunk", collate, training=True)
         batch = collate([packing.sample(index) for index in range(8)])
         model = fitting(trained)
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()}

@@ -20,7 +20,8 @@ TRAIN = [
     {"rundir", "deepspeed_config", "hardware"},
     {"objective", "optim", "engine"},
     {"checkpoint", "pretrained"},
-    {"eval", "log", "start"},
+    {"eval", "log"},
+    {"start"},
     {"run"},
     {"__main__"},
 ]

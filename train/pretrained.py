@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from model.hf import check_state, import_state, matches
@@ -22,13 +23,17 @@ STRETCHING = ("rotary_base", "rotary_scaling")
 UNREAD = {"BertForMaskedLM": ("bert.pooler.", "cls.seq_relationship.")}
 
 
-def check_pretrained(model: nn.Module, directory: Path) -> None:
+def check_pretrained(model: nn.Module, directory: Path, tokenizer: Tokenizer | None = None) -> None:
     """Whether `load_pretrained` can be: from the config and the headers alone, `model` on any device.
+
+    tokenizer: the run's, which has to give every token of the directory's own the same id.
 
     Raises ValueError in one line that names what differs, or the file that is missing or cannot be read.
     """
     config = _read_json(directory, CONFIG)
     _compare(model, config, directory)
+    if tokenizer is not None:
+        _compare_tokens(tokenizer, directory)
     shapes: dict[str, list[int]] = {}
     for path in _files(directory):
         with _opened(path) as file:
@@ -67,7 +72,7 @@ def _compare(model: nn.Module, config: dict[str, Any], directory: Path) -> None:
     ignored = DIALECTS[kind].dropouts if kind in DIALECTS else ()  # dropout is for every run to choose
     try:
         theirs = model_arguments({key: value for key, value in config.items() if key not in ignored})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # such as text where a number should be
         raise ValueError(f"{KEY}: {directory / CONFIG}: {error}") from None
     ours = model_arguments({key: value for key, value in own.items() if key not in ignored})
     if theirs["_target_"] != ours["_target_"]:
@@ -89,6 +94,20 @@ def _compare(model: nn.Module, config: dict[str, Any], directory: Path) -> None:
         first, advice = keys[0], " ".join(f"model.{key}={_in_yaml(theirs[key])}" for key in keys)
         here, there = _in_yaml(ours[first]), _in_yaml(theirs[first])
         raise ValueError(f"model.{first}: {here} here, {there} in {directory}; set {advice}")
+
+
+def _compare_tokens(tokenizer: Tokenizer, directory: Path) -> None:
+    """Refuse a directory whose weights have learnt other tokens than the run's tokenizer makes."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return
+    ours, theirs = tokenizer.get_vocab(), Tokenizer.from_file(str(path)).get_vocab()
+    differ = [token for token, id_ in theirs.items() if ours.get(token) != id_]
+    if differ:
+        raise ValueError(
+            f"{KEY}: {directory} has another tokenizer than the run ({len(differ)} of its {len(theirs)}"
+            f" tokens have another id here); set tokenizer=existing tokenizer.path={path}"
+        )
 
 
 def _in_yaml(value: Any) -> str:

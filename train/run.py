@@ -23,6 +23,7 @@ from train.engine import Engine, World, start_world, stop_world
 from train.eval.evaluate import evaluate, unigram_loss
 from train.eval.sample import respond
 from train.log import Log, Meter
+from train.objective.base import AUXILIARY
 from train.optim.groups import decay_groups
 from train.pretrained import load_pretrained
 from train.rundir import RunDir, environment
@@ -55,9 +56,8 @@ class Run:
         self.engine = Engine(
             config, model, self.objective, optimizer(groups, config.engine.offload_optimizer), world
         )
-        method, window = config.packing.method, self.collate.window
-        self.packing = pack(self.stream, method, window, training=True)
-        self.held_out = pack(self.validation, method, window, training=False)
+        self.packing = pack(self.stream, config.packing.method, self.collate, training=True)
+        self.held_out = pack(self.validation, config.packing.method, self.collate, training=False)
         self.total_steps = total_steps(config, self.packing.samples)
         self.shape: dict[str, Any] = {
             "micro_batch": micro_batch(config, world.size),
@@ -108,11 +108,8 @@ class Run:
         }
         derived = deepspeed_config.derive(self.config, self.world.size)
         self.rundir.record(derived, dataclasses.asdict(self.counts), found)
-        usage = self.packing.usage()
         if first == 0:
-            baselines = {k: self.baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
-            self._write("baseline", 0, unigram_loss=self._unigram_loss(), **baselines)
-            self._write("packing", 0, used_share=usage.used_share, **dataclasses.asdict(usage))
+            self._look_ahead()
         event = "resume" if first else "start"
         message = f"{event} at step {first} of {self.total_steps}, commit {found['commit']}"
         self._write("event", first, event=event, message=message)
@@ -123,25 +120,31 @@ class Run:
             f" {self.tokens_per_step:,} tokens, {self.world.size} rank(s),"
             f" ZeRO-{self.config.engine.zero_stage}, {self.config.engine.precision}"
         )
-        self.log.say(
-            f"packing.{self.config.packing.method}: {usage.used_share:.2%} of the positions of an epoch used,"
-            f" {usage.cut_documents:,} of {self.stream.documents:,} documents cut,"
-            f" {usage.dropped_tokens:,} tokens dropped"
-        )
         if first:
             self.log.say(f"going on from step {first}")
 
-    def _unigram_loss(self) -> float:
-        """Of the objective's own labels, whose frequencies are those of the first steps."""
-        alone = {"micro_batch": self.shape["micro_batch"], "rank": 0, "world_size": 1}
-        order = Order(self.packing.samples, self.config.global_batch, self.config.seed)
-        loader = Loader(self.packing, order, self.collate, **(alone | {"micro_batch": order.global_batch}))
-        steps = range(min(self.total_steps, 1 + UNIGRAM_TOKENS // self.tokens_per_step))
-        training = (batch for step in steps for batch in loader.step(step))
-        held_out = evaluation_batches(self.held_out, self.collate, **alone)
+    def _look_ahead(self) -> None:
+        """Log what the first samples say: how well positions are used, what a unigram model would lose."""
+        assert self.log is not None
+        count = min(self.packing.samples, 1 + UNIGRAM_TOKENS // self.config.sequence_length)
+        order = Order(self.packing.samples, count, self.config.seed).step(0)
+        size = self.shape["micro_batch"]
+        training = [
+            self.collate([self.packing.sample(int(i)) for i in order[first : first + size]])
+            for first in range(0, count, size)
+        ]
+        used, positions = map(sum, zip(*map(self.objective.used, training), strict=True))
+        usage = self.packing.usage()
+        self._write("packing", 0, used_share=used / positions, **dataclasses.asdict(usage))
+        self.log.say(
+            f"packing.{self.config.packing.method}: {used / positions:.2%} of the positions used (of"
+            f" {count:,} samples), {usage.cut_documents:,} of {self.stream.documents:,} documents cut,"
+            f" {usage.dropped_tokens:,} tokens dropped"
+        )
+        held_out = evaluation_batches(self.held_out, self.collate, micro_batch=size, rank=0, world_size=1)
         loss = unigram_loss(training, held_out, self.stream.vocabulary_size)
-        loader.close()
-        return loss
+        compressed = {k: self.baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
+        self._write("baseline", 0, unigram_loss=loss, **compressed)
 
     def _log_train(self, step: int, gradient_norm: float, meter: Meter) -> None:
         window = meter.read()
@@ -153,7 +156,8 @@ class Run:
             return
         tokens_per_s = window.tokens / window.seconds
         flops_per_s = tokens_per_s * self.counts.training_flops_per_token
-        loss = loss_sum / max(1, window.count)
+        metrics = dict(zip(names, sums, strict=True))
+        loss = (loss_sum - metrics.get(AUXILIARY, 0.0)) / max(1, window.count)
         self._write(
             "train",
             step,
@@ -166,7 +170,7 @@ class Run:
             memory_bytes=int(memory),
             data_wait_share=window.data_wait_share,
             skipped_steps=window.skipped,
-            **dict(zip(names, sums, strict=True)),
+            **metrics,
         )
         left = (self.total_steps - step) * window.seconds / window.steps
         self.log.show_train(step, self.total_steps, loss, tokens_per_s, left)

@@ -27,6 +27,9 @@ PACKAGES = (
     "datasets",
     "tokenizers",
     "transformers",
+    "gensim",
+    "jieba",
+    "ahocorasick_rs",
     "wandb",
     "numpy",
     "flash-attn",
@@ -117,18 +120,27 @@ class RunDir:
                 f"engine.ranks: {self.path} was started with {before} rank(s); continue it with as many"
             )
 
-    def freeze(self, config: RunConfig, prepared: Path) -> None:
+    def freeze(self, config: RunConfig, prepared: Path, inputs: dict[str, str]) -> None:
         """Write the config and the place of the prepared data that every rank works from.
 
+        inputs: what else batches depend on, by key (see `train.objective.base`).
+
         Raises:
-            ValueError: the run was started on other data.
+            ValueError: the run was started on other data or other inputs.
         """
-        content = json.dumps({"prepared": str(prepared.resolve())}) + "\n"
+        content = json.dumps({"prepared": str(prepared.resolve()), "inputs": inputs}, indent=1) + "\n"
         if self.data.exists() and not _same_tokens(self.prepared(), prepared):
             raise ValueError(
                 f"data: the corpus has changed since {self.path} was started ({self.prepared().name}, now"
                 f" {prepared.name}); restore it, or choose another name=…"
             )
+        before = json.loads(self.data.read_text()).get("inputs", {}) if self.data.exists() else inputs
+        for key in sorted(before.keys() | inputs.keys()):
+            if before.get(key) != inputs.get(key):
+                raise ValueError(
+                    f"{key}: finds something else than when {self.path} was started; restore what it reads,"
+                    " or choose another name=…"
+                )
         write(self.data, content)
         # Last, because a run is one that has a config.
         write(self.config, yaml.safe_dump(to_container(config), sort_keys=False, allow_unicode=True))

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 from torch import nn
 
 from data.cli import instantiate
 from data.loader import pack
 from data.prepare import prepare
 from data.shards import read_manifest
+from data.tokenizer import load_tokenizer
 from train.config import RunConfig, check_device, check_world
+from train.eval.sample import encoded_prompt
 from train.pretrained import check_pretrained
 from train.rundir import RunDir
 
@@ -35,13 +38,26 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
         rundir.check_resume(config, world_size)
         prepared = prepare(OmegaConf.create(config.data), OmegaConf.create(config.tokenizer))
         collate = objective.collator(prepared, config.sequence_length, config.packing.isolate)
-        pack(objective.training_stream(prepared), config.packing.method, collate.window, training=True)
+        inputs = objective.inputs(prepared)
+        pack(objective.training_stream(prepared), config.packing.method, collate, training=True)
         with torch.device("meta"):
             model = build_model(config, read_manifest(prepared)["vocabulary_size"])
-        if config.model.get("init_from") and not rundir.config.exists():
-            check_pretrained(model, Path(config.model["init_from"]))
-        rundir.freeze(config, prepared)
+        tokenizer = load_tokenizer(prepared / "tokenizer")
+        if config.model.get("init_from") and not any(rundir.checkpoints.glob("step-*")):
+            check_pretrained(model, Path(config.model["init_from"]), tokenizer)
+        if config.evaluation.prompt is not None:
+            check_prompt(model, tokenizer, config.evaluation.prompt)
+        rundir.freeze(config, prepared, inputs)
     return rundir
+
+
+def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> None:
+    """Raises ValueError where the prompt is one that the model cannot answer: at the first evaluation, what
+    was trained until then would be lost."""
+    try:
+        encoded_prompt(model, tokenizer, prompt)
+    except ValueError as error:
+        raise ValueError(f"evaluation.{error}") from None
 
 
 def build_model(config: RunConfig, vocabulary_size: int) -> nn.Module:

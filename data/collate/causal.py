@@ -20,6 +20,8 @@ class Causal:
     text is predicted once, and none from another document's text.
     """
 
+    overhead = 0
+
     def __init__(self, sequence_length: int, end_of_text: int, isolate: bool = False) -> None:
         self.window = sequence_length
         self.end_of_text = end_of_text

@@ -79,6 +79,7 @@ class Masked:
         self.pad, self.cls, self.sep, self.mask = special_ids(tokenizer, "masking")
         self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
         self.window = sequence_length - (3 if pairs else 2)
+        self.overhead = 2 if isolate else 0  # [CLS] and [SEP] of each piece
         if self.window < 1 + bool(pairs):
             raise ValueError(f"sequence_length: {sequence_length} leaves no room for text; choose more")
         self.sequence_length = sequence_length

@@ -132,6 +132,8 @@ class Denoising:
     of a window. Raises ValueError where S is too short or the sentinels are too few.
     """
 
+    overhead = 0
+
     def __init__(
         self,
         sequence_length: int,

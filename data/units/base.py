@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,10 @@ class Units:
         """
         raise NotImplementedError
 
+    def identity(self, prepared: Path) -> str:
+        """Another one where other units would be found: a digest, or the version of what finds them."""
+        raise NotImplementedError
+
     def named(self, key: str) -> str:
         """How a message names these units."""
         return f"{key}: {type(self).__name__}"
@@ -51,6 +56,11 @@ class Units:
                 f"{prepared.name}; choose units in the language of the text, or other text"
             )
         return find
+
+
+def digest(entries: Iterable[str]) -> str:
+    """Of entries in their order."""
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()
 
 
 def leftmost_longest(spans: Iterable[Span]) -> list[Span]:

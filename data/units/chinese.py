@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ class Jieba(Units):
         cut = _dictionary().cut
         return lambda text: list(_spans(text, lambda run: ((word, "") for word in cut(run)), ("",)))
 
+    def identity(self, prepared: Path) -> str:
+        return f"jieba {version('jieba')}"
+
 
 class JiebaEntities(Units):
     """Words of two or more characters that jieba's part-of-speech tagger takes for NAMES.
@@ -36,6 +40,9 @@ class JiebaEntities(Units):
     def finder(self, prepared: Path, key: str) -> Finder:
         cut = _tagger().cut
         return lambda text: list(_spans(text, cut, NAMES))
+
+    def identity(self, prepared: Path) -> str:
+        return f"jieba {version('jieba')}"
 
 
 def _spans(text: str, cut: Cut, kinds: tuple[str, ...]) -> Iterator[Span]:

@@ -14,7 +14,7 @@ from ahocorasick_rs import AhoCorasick
 from data.sources import PythonLibrary
 from data.surface import Surface
 from data.tokenizer import UNKNOWN, load_tokenizer
-from data.units.base import UNSPACED, Finder, Span, Units, leftmost_longest
+from data.units.base import UNSPACED, Finder, Span, Units, digest, leftmost_longest
 
 LETTER = re.compile(rf"[^\W{UNSPACED}]")  # of a script that sets words apart
 CLASS = re.compile(r"^[ \t]*class[ \t]+([^\W_]\w{2,})[ \t]*[(:]", re.MULTILINE)
@@ -49,6 +49,9 @@ class Lexicon(Units):
     def finder(self, prepared: Path, key: str) -> Finder:
         return Entries(_spelt(self._read(key), prepared))
 
+    def identity(self, prepared: Path) -> str:
+        return digest(self._read(str(self.path)))
+
     def named(self, key: str) -> str:
         return f"{key}.path: {self.path}"
 
@@ -79,6 +82,9 @@ class PythonNames(Units):
     def finder(self, prepared: Path, key: str) -> Finder:
         find = Entries(_spelt(sorted(_classes()), prepared))
         return lambda text: leftmost_longest([*find(text), *_modules(text)])
+
+    def identity(self, prepared: Path) -> str:
+        return digest([*sorted(_classes()), *sorted(sys.stdlib_module_names)])
 
 
 def _classes() -> set[str]:

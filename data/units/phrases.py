@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.exclusive import exclusive
 from data.shards import read_manifest
-from data.units.base import UNSPACED, Finder, Span, Units, training_text
+from data.units.base import UNSPACED, Finder, Span, Units, digest, training_text
 
 VERSION = 1  # of this file: raise it when the same text and settings would give other phrases
 FILE = "phrases.txt"  # one a line, its words in order with a space between
@@ -52,6 +52,9 @@ class MinedPhrases(Units):
         if not 0 <= self.threshold < 1:
             raise ValueError(f"{key}.threshold: {self.threshold} is not at least 0 and below 1")
 
+    def identity(self, prepared: Path) -> str:
+        return digest((self._target(prepared) / FILE).read_text("utf-8").split("\n"))
+
     def finder(self, prepared: Path, key: str) -> Finder:
         target = self._target(prepared)
         with exclusive(target, lambda folder: (folder / FILE).is_file()) as folder:
@@ -72,8 +75,7 @@ class MinedPhrases(Units):
         tokenizer = (prepared / "tokenizer" / "tokenizer.json").read_bytes()
         settings = [VERSION, self.mining_bytes, self.min_count, self.threshold, self.rounds]
         content = json.dumps([settings, shards, hashlib.sha256(tokenizer).hexdigest()])
-        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        return prepared.parent / f"{prepared.name}-phrases-{digest}"
+        return prepared.parent / f"{prepared.name}-phrases-{digest([content])[:12]}"
 
     def _mine(self, texts: Iterable[str]) -> list[Phrase]:
         from gensim.models.phrases import Phrases  # costs a second; only the process that mines pays

@@ -25,7 +25,7 @@ def loader(
 
 
 def chunks(stream: TokenStream, training: bool = True) -> Packing:
-    return pack(stream, "chunk", LENGTH, training)
+    return pack(stream, "chunk", Causal(LENGTH, 0), training)
 
 
 def rows(batches: list[Batch]) -> list[tuple[int, ...]]:
@@ -106,9 +106,9 @@ def test_sizes_that_do_not_fit_are_refused(stream_of: StreamOf) -> None:
     with pytest.raises(ValueError, match="^global_batch: 12 is not divisible by micro_batch 5 x 1 ranks"):
         loader(stream, micro=5)
     with pytest.raises(ValueError, match="^sequence_length: a sample takes 90 tokens, more than the 89"):
-        pack(stream, "chunk", 90, training=True)
-    assert pack(stream, "chunk", 89, training=True).samples == 1
-    assert pack(stream, "chunk", 90, training=False).samples == 1
+        pack(stream, "chunk", Causal(90, 0), training=True)
+    assert pack(stream, "chunk", Causal(89, 0), training=True).samples == 1
+    assert pack(stream, "chunk", Causal(90, 0), training=False).samples == 1
 
 
 def test_a_sample_is_of_its_epoch_and_step(stream_of: StreamOf) -> None:

@@ -23,12 +23,12 @@ PUBLISHED = {  # preset: (vocabulary, positions, parameters)
     "llama-8b": (128256, 8192, 8_030_261_248),  # meta-llama/Meta-Llama-3-8B
     "bert-base": (30522, 512, 109_514_298),  # google-bert/bert-base-uncased
     "bert-large": (30522, 512, 335_174_458),  # google-bert/bert-large-uncased
-    "bert-cramming": (32768, 128, 119_589_889),
+    "bert-cramming": (32768, 128, 119_589_889),  # by our count: no exact one is published
     "ernie-base": (18000, 513, 99_885_648),  # nghuyong/ernie-1.0-base-zh
     "t5-small": (32128, 512, 60_506_624),  # google-t5/t5-small
     "t5-base": (32128, 512, 222_903_552),  # google-t5/t5-base
     "t5-1.1-small": (32128, 512, 76_961_152),  # google/t5-v1_1-small
-    "transformer-base": (37000, 512, 63_082_496),
+    "transformer-base": (37000, 512, 63_082_496),  # by our count: the paper says 65 million
 }
 WITH_PAIR_HEAD = {"bert-base": 110_106_428, "bert-large": 336_226_108, "ernie-base": 100_477_778}
 WITHOUT_EMBEDDINGS = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from train.eval.evaluate import evaluate, unigram_loss
+from train.objective.base import AUXILIARY
 
 
 def score(batch: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -55,6 +56,15 @@ def test_labels_that_are_not_the_text_have_no_bits_per_byte() -> None:
     assert result.bits_per_byte is None
     assert result.loss == pytest.approx(8 / 5)
     assert result.metrics == {"seen": 10.0}
+
+
+def test_what_is_trained_on_beside_the_labels_is_not_their_loss() -> None:
+    def with_pairs(batch: Any) -> Any:
+        return torch.tensor(batch[0]), torch.tensor(batch[1]), {AUXILIARY: torch.tensor(batch[2])}
+
+    result = evaluate(with_pairs, and_others(), [(6.0, 4, 2.0), (3.0, 1, 1.0)], 16, predicts_text=False)
+    assert result.loss == pytest.approx((9 - 3) / 5)
+    assert result.perplexity == pytest.approx(math.exp(6 / 5))
 
 
 def test_nothing_to_predict_is_refused() -> None:

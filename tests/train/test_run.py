@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from data.shards import TokenStream
+from launch.export import export, from_hydra
 from tests.distributed import run_ranks
 from tests.tiny import begun
 from train.checkpoint import WEIGHTS, load_weights, path_of, steps
@@ -35,6 +37,7 @@ CASES = [
     ("zero2-offload", ["engine.offload_optimizer=true"]),
     *[(family, [f"experiment={family}", *SMALL]) for family in ("bert-tiny", "t5-tiny", "llama-tiny")],
     ("ernie-tiny", ["experiment=ernie-tiny", *SMALL, "objective.stages={word:0,phrase:2,entity:4}"]),
+    ("chinese", ["experiment=ernie-tiny", *SMALL, "objective=knowledge-chinese"]),
     ("zero3-pairs", ["experiment=bert-tiny", *SMALL, "engine=zero3", *PAIRS]),
     ("zero1-compiled", ["engine=zero1", "engine.compile=true", "evaluation.prompt=item"]),
 ]
@@ -103,6 +106,35 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Any, name: str) -> 
         expected, got = tensors(whole / file), tensors(broken / file)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[place], got[place]) for place in expected), file
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16", "bert-tiny", "t5-tiny", "llama-tiny"])
+def test_what_is_known_before_the_first_step_is_logged(runs: Any, name: str) -> None:
+    (packing,), (baseline,) = (
+        [record for record in read_metrics(runs[name][0] / "metrics.jsonl") if record["kind"] == kind]
+        for kind in ("packing", "baseline")
+    )
+    assert 0.9 < packing["used_share"] <= 1
+    assert packing["cut_documents"] > 0 or name == "llama-tiny"
+    vocabulary = TokenStream(RunDir(runs[name][0]).prepared(), "train").vocabulary_size
+    assert 0 < baseline["unigram_loss"] < math.log(vocabulary)
+
+
+def test_a_run_starts_from_the_weights_of_another(runs: Any, tmp_path: Path) -> None:
+    """A first step without learning leaves the loss of the run that the weights were taken from."""
+    source = runs["zero2-bf16"][0]
+    wanted = {"run": str(source), "format": "hf", "directory": str(tmp_path / "hf"), "checkpoint": "latest"}
+    folder, _ = export(from_hydra(OmegaConf.create(wanted)))
+    still = ["horizon.steps=1", "optim.learning_rate=1e-12", f"model.init_from={folder}"]
+    directory = begun(source.parent.parent, "from-another", 1, *still)
+    run_ranks(train_all, 1, [directory])
+    evaluated, (after,) = (
+        [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"]
+        for run in (source, directory)
+    )
+    before = evaluated[-1]
+    assert after["loss"] == pytest.approx(before["loss"], abs=2e-2)
+    assert after["loss"] < evaluated[0]["loss"] - 0.1  # which is that of the source after 3 of its 6 steps
 
 
 @pytest.mark.parametrize("name", [name for name, _ in CASES])

@@ -30,7 +30,7 @@ def frozen(
     """A run directory as it stands once training has begun."""
     rundir = RunDir(folder / "run")
     rundir.path.mkdir(exist_ok=True)
-    rundir.freeze(config(folder, *overrides), folder / prepared)
+    rundir.freeze(config(folder, *overrides), folder / prepared, {})
     rundir.record({}, {}, {"world_size": world_size})
     return rundir
 
@@ -126,14 +126,23 @@ def test_another_corpus_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     rundir = frozen(tmp_path)
     before = {path.name: path.read_bytes() for path in rundir.path.iterdir()}
     with pytest.raises(ValueError, match="^data: the corpus has changed .*text-0123, now text-4567"):
-        rundir.freeze(config(tmp_path, "log.every=7"), tmp_path / "prepared" / "text-4567")
+        rundir.freeze(config(tmp_path, "log.every=7"), tmp_path / "prepared" / "text-4567", {})
     assert {path.name: path.read_bytes() for path in rundir.path.iterdir()} == before
+
+
+def test_units_that_find_something_else_are_refused(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path)
+    own = config(tmp_path), tmp_path / "prepared" / "text-0123"
+    rundir.freeze(*own, {"objective.entities": "a1", "objective.phrases": "b2"})
+    rundir.freeze(*own, {"objective.entities": "a1", "objective.phrases": "b2"})
+    with pytest.raises(ValueError, match="^objective.phrases: finds something else than when .* was started"):
+        rundir.freeze(*own, {"objective.entities": "a1", "objective.phrases": "b3"})
 
 
 def test_what_was_frozen_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rundir = frozen(tmp_path, "horizon.steps=9")
-    rundir.freeze(config(tmp_path, "horizon.steps=11"), Path("prepared/text-0123"))
+    rundir.freeze(config(tmp_path, "horizon.steps=11"), Path("prepared/text-0123"), {})
     assert load(rundir.config) == config(tmp_path, "horizon.steps=11")
     monkeypatch.chdir("/")
     assert rundir.prepared() == tmp_path / "prepared" / "text-0123"

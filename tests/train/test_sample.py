@@ -12,7 +12,7 @@ from model.bert import BERT
 from model.denoise import generate_from
 from model.gpt import GPT
 from model.t5 import T5
-from train.eval.sample import respond
+from train.eval.sample import encoded_prompt, respond
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 20
 SIZES = {"sequence_length": 32, "layers": 1, "width": 32, "heads": 2}
@@ -71,7 +71,8 @@ def test_an_encoder_decoder_says_what_its_sentinels_hide(tokenizer: Tokenizer) -
 def test_a_hole_in_a_decoders_prompt_is_filled_from_both_sides(tokenizer: Tokenizer) -> None:
     model = with_favourites(GPT, tokenizer)
     prefix, middle, suffix = special_ids(tokenizer, "infilling")
-    tokens = [prefix, *tokenizer.encode("the ").ids, suffix, *tokenizer.encode(" fox").ids, middle]
+    start = tokenizer.token_to_id(END_OF_TEXT)
+    tokens = [start, prefix, *tokenizer.encode("the ").ids, suffix, *tokenizer.encode(" fox").ids, middle]
     expected: list[int] = []
     for _ in range(8):
         expected.append(int(model(torch.tensor([tokens + expected]))[0, -1].argmax()))
@@ -80,6 +81,13 @@ def test_a_hole_in_a_decoders_prompt_is_filled_from_both_sides(tokenizer: Tokeni
     assert "".join(respond(model, tokenizer, "the <|fim_middle|> fox", **GREEDY)) == tokenizer.decode(
         expected
     )
+
+
+def test_a_mode_means_itself_in_a_prompt() -> None:
+    tokenizer = BPE(420, special=["masking", "sentinels", "denoisers"]).train([TEXT])
+    tokenizer.encode_special_tokens = True
+    ids = encoded_prompt(with_favourites(T5, tokenizer), tokenizer, "[S]the <extra_id_1> fox")
+    assert tokenizer.token_to_id("[S]") == ids[0] and tokenizer.token_to_id("<extra_id_1>") in ids
 
 
 @pytest.mark.parametrize("kind", [GPT, T5])
@@ -93,5 +101,5 @@ def test_ranks_that_draw_to_the_end_say_the_same(tokenizer: Tokenizer, kind: typ
 
 def test_a_tokenizer_without_infilling_tokens_is_named(tokenizer: Tokenizer) -> None:
     plain = BPE(300).train([TEXT])
-    with pytest.raises(ValueError, match="^tokenizer.special: "):
+    with pytest.raises(ValueError, match="^prompt: holds <[|]fim_middle[|]>, but tokenizer.special: "):
         respond(with_favourites(GPT, plain), plain, "the <|fim_middle|> fox", **GREEDY)

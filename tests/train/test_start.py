@@ -44,6 +44,9 @@ def test_a_run_begins_with_its_config_and_its_data(text: Path) -> None:
         ("+objective.smoothing=1", "objective.smoothing: unknown key"),
         ("+data.size=1", "data.size: unknown key"),
         ("data.source.paths=/absent/*.txt", "data.source.paths: /absent/*.txt matches no file"),
+        ("evaluation.prompt='a <|fim_middle|> b'", "evaluation.prompt: holds <|fim_middle|>, but tokenizer."),
+        ("model.init_from=/absent", "model.init_from: /absent"),
+        ("packing.method=best", "packing.method: best is none of chunk, best_fit"),
         ("sequence_length=1000000", "sequence_length: a sample takes 1000000 tokens"),
     ],
 )
@@ -81,3 +84,58 @@ def test_a_larger_vocabulary_may_be_set(tmp_path: Path) -> None:
         model = build_model(config(tmp_path, "model.vocabulary_size=320"), 300)
     assert model.get_parameter("embedding.weight").shape[0] == 320
     assert model.get_parameter("embedding.weight").is_meta
+
+
+ENCODER = ["experiment=bert-tiny", "model.layers=1", "model.width=32", "model.heads=2"]
+SEQ2SEQ = ["experiment=t5-tiny", "model.layers=1", "model.width=32", "model.heads=2"]
+KNOWLEDGE = [*ENCODER, "objective=knowledge", "objective.entities._target_=data.units.Lexicon"]
+LEXICON = "+objective.entities.path="
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=masked"], "objective: MaskedLM trains a model of family encoder, and model GPT is of"),
+        (
+            [*ENCODER, "objective=causal"],
+            "objective: Causal trains a model of family decoder, and model BERT",
+        ),
+        ([*ENCODER, "objective.rate=0"], "objective.rate: 0 is not above 0 and at most 1"),
+        ([*ENCODER, "objective.rate=1.5"], "objective.rate: 1.5 is not above 0 and at most 1"),
+        ([*ENCODER, "tokenizer.special=[]"], "tokenizer.special: "),
+        ([*ENCODER, "objective=masked-next-sentence"], "objective.pairs: next_sentence needs a model with a"),
+        ([*ENCODER, "evaluation.prompt=item"], "evaluation.prompt: holds no [MASK]"),
+        ([*SEQ2SEQ, "tokenizer.special=[masking]"], "tokenizer.special: "),
+        ([*SEQ2SEQ, "packing.isolate=true"], "packing.isolate: denoising objectives run over documents"),
+        ([*SEQ2SEQ, "model.target_length=4"], "model.target_length: 4 is below the"),
+        ([*SEQ2SEQ, "evaluation.prompt=" + "item" * 40], "evaluation.prompt: "),
+        (
+            [*KNOWLEDGE, LEXICON + "{0}/none.txt"],
+            "objective.entities.path: {0}/none.txt",
+        ),
+        (
+            [*KNOWLEDGE, LEXICON + "{0}/other.txt"],
+            "objective.entities.path: {0}/other.txt",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(text: Path, overrides: list[str], message: str) -> None:
+    (text / "other.txt").write_text("Timbuktu\n")
+    with pytest.raises(ValueError) as caught:
+        begun(text, "unfit", 1, *(one.replace("{0}", str(text)) for one in overrides))
+    assert str(caught.value).startswith(message.replace("{0}", str(text)))
+    assert "\n" not in str(caught.value)
+    assert not (text / "runs" / "unfit").exists()
+
+
+def test_a_lexicon_may_not_change_under_a_run(text: Path) -> None:
+    lexicon = text / "lexicon.txt"
+    lexicon.write_text("item\n")
+    knowledge = [*KNOWLEDGE, f"{LEXICON}{lexicon}", "objective.phrases=null", "objective.stages.phrase=null"]
+    begun(text, "ernie", 1, *knowledge)
+    begun(text, "ernie", 1, *knowledge)
+    lexicon.write_text("item\nfollows\n")
+    with pytest.raises(
+        ValueError, match="^objective.entities: finds something else than when .* was started"
+    ):
+        begun(text, "ernie", 1, *knowledge)

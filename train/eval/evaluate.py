@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.loader import IGNORED, Batch
+from train.objective.base import AUXILIARY
 
 Score = tuple[Tensor, Tensor, dict[str, Tensor]]  # what an objective says of a batch
 
@@ -53,6 +54,8 @@ def evaluate(
         losses, labels = losses + loss_sum.double().cpu(), labels + count.cpu()
         metrics = {name: value.double().cpu() + metrics.get(name, 0) for name, value in counts.items()}
     nats, evaluated, *sums = add_up(losses, labels, *metrics.values())
+    totals = dict(zip(metrics, sums, strict=True))
+    nats -= totals.get(AUXILIARY, 0.0)
     if not evaluated:
         raise ValueError("data.validation: holds nothing that the objective predicts; hold out more text")
     loss = nats / evaluated
@@ -62,7 +65,7 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / text_bytes if predicts_text else None,
         tokens_evaluated=int(evaluated),
         bytes_evaluated=text_bytes,
-        metrics=dict(zip(metrics, sums, strict=True)),
+        metrics=totals,
     )
 
 

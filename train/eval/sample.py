@@ -36,21 +36,41 @@ def respond(
 
     Raises ValueError in one line for a prompt or number that cannot be.
     """
-    if isinstance(model, BERT):
-        return _filled(model, tokenizer, prompt)
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    assert end_of_text is not None, "every tokenizer that data.tokenizer saves has it"
+    ids = encoded_prompt(model, tokenizer, prompt)
+    end_of_text = _end_of_text(tokenizer)
     end = None if to_the_end else end_of_text
+    if isinstance(model, BERT):
+        return _filled(model, tokenizer, ids)
     if isinstance(model, T5):
-        inputs = [*_encoded(tokenizer, prompt, SENTINELS), end_of_text]
         pad = tokenizer.token_to_id(PAD)
         start = end_of_text if pad is None else pad
-        tokens = generate_from(model, inputs, start=start, end=end, **sampling)
+        tokens = generate_from(model, ids, start=start, end=end, **sampling)
         return _denoised(tokenizer, _cut(tokenizer, tokens))
     assert isinstance(model, GPT)
-    ids = _infilling(tokenizer, prompt) or [end_of_text]
     tokens = generate(model, ids, end_of_text=end, **sampling)
     return decoded(tokenizer, ids, _cut(tokenizer, tokens))
+
+
+def encoded_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens that a model is given for a prompt, in the form that it was trained on.
+
+    Raises ValueError in one line, which begins with `prompt:`, where the model cannot take it.
+    """
+    end_of_text = _end_of_text(tokenizer)
+    if isinstance(model, GPT):
+        return _infilling(tokenizer, prompt, end_of_text)
+    if isinstance(model, BERT):
+        _, first, last, mask = special_ids(tokenizer, "masking")
+        ids, own = [first, *_encoded(tokenizer, prompt, [MASK]), last], f"{CLS} and {SEP}"
+        if mask not in ids:
+            raise ValueError(f"prompt: holds no {MASK} for the model to fill; put one where it should")
+    else:
+        named = [*SENTINELS, *SPECIAL["denoisers"]]
+        ids, own = [*_encoded(tokenizer, prompt, named), end_of_text], END_OF_TEXT
+    most = int(model.sequence_length)  # type: ignore[arg-type]
+    if len(ids) > most:
+        raise ValueError(f"prompt: {len(ids)} tokens with {own}, and the model takes {most}; shorten it")
+    return ids
 
 
 def decoded(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
@@ -76,6 +96,12 @@ def decoded(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> I
         yield text[len(shown) :]  # the last bytes are no whole character
 
 
+def _end_of_text(tokenizer: Tokenizer) -> int:
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    assert end_of_text is not None, "every tokenizer that data.tokenizer saves has it"
+    return end_of_text
+
+
 def _encoded(tokenizer: Tokenizer, prompt: str, special: Iterable[str]) -> list[int]:
     """The prompt's tokens, in which these special tokens mean themselves."""
     known = {name: id_ for name in special if (id_ := tokenizer.token_to_id(name)) is not None}
@@ -90,14 +116,17 @@ def _encoded(tokenizer: Tokenizer, prompt: str, special: Iterable[str]) -> list[
     return ids
 
 
-def _infilling(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt, or, with a hole in it, prefix and suffix in PSM order (arXiv 2207.14255, section 3)."""
+def _infilling(tokenizer: Tokenizer, prompt: str, end_of_text: int) -> list[int]:
+    """The prompt; with a hole, prefix and suffix in PSM order (arXiv 2207.14255, section 3)."""
     if HOLE not in prompt:
-        return tokenizer.encode(prompt, add_special_tokens=False).ids
-    prefix_id, middle_id, suffix_id = special_ids(tokenizer, "infilling")
+        return tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text]
+    try:
+        prefix_id, middle_id, suffix_id = special_ids(tokenizer, "infilling")
+    except ValueError as error:
+        raise ValueError(f"prompt: holds {HOLE}, but {error}") from None
     before, _, after = prompt.partition(HOLE)
     prefix, suffix = (tokenizer.encode(part, add_special_tokens=False).ids for part in (before, after))
-    return [prefix_id, *prefix, suffix_id, *suffix, middle_id]
+    return [end_of_text, prefix_id, *prefix, suffix_id, *suffix, middle_id]
 
 
 def _cut(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[int]:
@@ -122,31 +151,14 @@ def _denoised(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     yield tokenizer.decode(span)
 
 
-def _filled(model: BERT, tokenizer: Tokenizer, prompt: str) -> Iterator[str]:
+def _filled(model: BERT, tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
     """The prompt with its masks filled by the likeliest tokens, then a line of candidates for each."""
-    _, first, last, mask = special_ids(tokenizer, "masking")
-    ids = [first, *_encoded(tokenizer, prompt, [MASK]), last]
-    if mask not in ids:
-        raise ValueError(
-            f"prompt: holds no {MASK}, and {type(model).__name__} fills masks; put one where it should"
-        )
-    if len(ids) > model.sequence_length:
-        raise ValueError(
-            f"prompt: {len(ids)} tokens with {CLS} and {SEP}, and the model takes {model.sequence_length};"
-            " shorten it"
-        )
+    *_, mask = special_ids(tokenizer, "masking")
     p_MV = fill(model, ids, mask).cpu()
     best_M = iter(p_MV.argmax(-1).tolist())
     whole = [next(best_M) if token == mask else token for token in ids[1:-1]]
-
-    def lines() -> Iterator[str]:
-        yield f"\n{tokenizer.decode(whole)}\n"
-        for p_V in p_MV:
-            top = p_V.topk(CANDIDATES)
-            shown = (
-                f"{tokenizer.decode([t])!r} {p:.1%}"
-                for p, t in zip(top.values, top.indices.tolist(), strict=True)
-            )
-            yield f"{MASK}: {', '.join(shown)}\n"
-
-    return lines()
+    yield f"\n{tokenizer.decode(whole)}\n"
+    for p_V in p_MV:
+        top = p_V.topk(CANDIDATES)
+        shares = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        yield f"{MASK}: {', '.join(f'{tokenizer.decode([token])!r} {p:.1%}' for p, token in shares)}\n"

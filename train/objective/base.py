@@ -9,9 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from data.loader import IGNORED, Collate
+from data.packing import PADDING
 from data.shards import TokenStream
 
 METRIC = "metric_"  # tensors [B] of a batch so named are added up and logged
+# The metric of what a loss sum holds besides the loss of its labels: trained on, but not part of what is
+# logged as the loss per label.
+AUXILIARY = "auxiliary_loss"
 
 
 class Objective:
@@ -45,6 +49,17 @@ class Objective:
         """
         raise NotImplementedError
 
+    def inputs(self, prepared: Path) -> dict[str, str]:
+        """What batches depend on besides the config and the prepared data, by key: a run that finds other
+        answers is another run."""
+        return {}
+
+    def used(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        """How many of the batch's positions hold something, and how many there are."""
+        if "documents" in batch:
+            return int((batch["documents"] != PADDING).sum()), batch["documents"].numel()
+        return batch["labels"].numel(), batch["labels"].numel()
+
     def count(self, batch: dict[str, Tensor]) -> int:
         """What the batch's loss sum is a sum over, known before the forward pass: positions with a label."""
         return int((batch["labels"] != IGNORED).sum())
@@ -53,8 +68,7 @@ class Objective:
         self, model: Callable[..., Any], batch: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss sum in nats (fp32 scalar), number of labels, and further sums to log, by name."""
-        inputs = {f"{key}": value for key, value in batch.items() if not key.startswith(METRIC)}
-        return self.loss(model, inputs), (batch["labels"] != IGNORED).sum(), self.metrics(batch)
+        return self.loss(model, batch), (batch["labels"] != IGNORED).sum(), self.metrics(batch)
 
     def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
         """Sum over the batch's labels."""

@@ -22,5 +22,8 @@ class Causal(Objective):
     def collator(self, prepared: Path, sequence_length: int, isolate: bool) -> CausalCollate:
         return CausalCollate(sequence_length, TokenStream(prepared, "train").end_of_text, isolate)
 
+    def used(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        return self.count(batch), batch["labels"].numel()  # all that is there is predicted
+
     def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
         return model(batch["tokens"], batch["labels"], documents_BT=batch.get("documents"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.collate.spans import Denoising as Collate
 from data.collate.spans import Part, Prefix, Spans, lengths
+from data.packing import PADDING
 from data.shards import TokenStream
 from data.tokenizer import PAD, SPECIAL, load_tokenizer, special_ids
 from train.objective.base import Objective
@@ -67,6 +68,11 @@ class Denoising(Objective):
             pad=end_of_text if pad is None else pad,
             seed=self.seed,
         )
+
+    def used(self, batch: dict[str, Tensor]) -> tuple[int, int]:
+        inputs = batch["inputs"].numel()
+        read = int((batch["documents"] != PADDING).sum()) if "documents" in batch else inputs
+        return read + self.count(batch), inputs + batch["labels"].numel()
 
     def loss(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
         documents_BS = batch.get("documents")

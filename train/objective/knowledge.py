@@ -53,6 +53,9 @@ class KnowledgeMaskedLM(MaskedLM):
             isolate=isolate,
         )
 
+    def inputs(self, prepared: Path) -> dict[str, str]:
+        return {_key(level): units.identity(prepared) for level, units in self.units.items()}
+
     def _check(self) -> None:
         for level, step in self.stages.items():
             if level not in LEVELS:

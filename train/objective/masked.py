@@ -13,7 +13,7 @@ from data.collate.masked import PAIRS, UNITS, Masked
 from data.loader import IGNORED
 from data.shards import TokenStream
 from data.tokenizer import load_tokenizer
-from train.objective.base import Objective
+from train.objective.base import AUXILIARY, Objective
 
 
 class MaskedLM(Objective):
@@ -91,7 +91,7 @@ class MaskedLM(Objective):
     def __call__(
         self, model: Callable[..., Any], batch: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """As Objective; with pairs the sums pair_loss (nats), pair_correct and pairs are added."""
+        """As Objective; with pairs also the sums AUXILIARY, pair_loss (nats), pair_correct and pairs."""
         if self.pairs is None:
             return super().__call__(model, batch)
         token_sum, logits_B2 = self._forward(model, batch, pairs=True)
@@ -99,6 +99,7 @@ class MaskedLM(Objective):
         pair_sum = F.cross_entropy(logits_B2.float(), classes_B, ignore_index=IGNORED, reduction="sum")
         weight = self.rate * batch["tokens"].shape[1]
         metrics = self.metrics(batch) | {
+            AUXILIARY: (weight * pair_sum).detach(),
             "pair_loss": pair_sum.detach(),
             "pair_correct": (logits_B2.argmax(1) == classes_B).sum(),
             "pairs": (classes_B != IGNORED).sum(),

@@ -56,7 +56,7 @@ def test_the_loss_is_the_cross_entropy_of_the_targets(tmp_path: Path, name: str)
     objective, model = OBJECTIVES[name](), tiny(folder)
     objective.check_model(model)
     collate = objective.collator(folder, LENGTH, isolate=False)
-    packing = pack(TokenStream(folder, "train"), "chunk", collate.window, training=True)
+    packing = pack(TokenStream(folder, "train"), "chunk", collate, training=True)
     batch = collate([packing.sample(i, step=0) for i in range(4)] + [packing.sample(10**6)])
     loss_sum, count, metrics = objective(model, batch)
     logits = model(batch["inputs"], batch["decoder"], documents_BS=batch["documents"])
@@ -74,7 +74,7 @@ def test_a_batch_of_padding_weighs_nothing(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "sentinels")
     objective = SpanCorruption(seed=0)
     collate = objective.collator(folder, LENGTH, isolate=False)
-    packing = pack(TokenStream(folder, "train"), "chunk", collate.window, training=False)
+    packing = pack(TokenStream(folder, "train"), "chunk", collate, training=False)
     loss_sum, count, _ = objective(tiny(folder), collate([packing.sample(10**6)] * 2))
     assert loss_sum == 0 and count == 0
 
@@ -84,7 +84,7 @@ def test_evaluation_is_the_same_every_time_and_at_any_world_size(tmp_path: Path)
 
     def labels(ranks: int) -> set[tuple[int, ...]]:
         collate = Denoisers(3, UL2).collator(folder, LENGTH, isolate=False)
-        packing = pack(TokenStream(folder, "train"), "chunk", collate.window, training=False)
+        packing = pack(TokenStream(folder, "train"), "chunk", collate, training=False)
         each = [
             evaluation_batches(packing, collate, micro_batch=2, rank=rank, world_size=ranks)
             for rank in range(ranks)
@@ -100,7 +100,7 @@ def test_the_predicted_share_is_what_long_samples_have(tmp_path: Path, name: str
     folder = prepared(tmp_path, "sentinels", "denoisers")
     objective = OBJECTIVES[name]()
     collate = objective.collator(folder, 512, isolate=False)
-    packing = pack(TokenStream(folder, "train"), "chunk", collate.window, training=True)
+    packing = pack(TokenStream(folder, "train"), "chunk", collate, training=True)
     first = packing.sample(0, step=0)
     samples = [type(first)(first.tokens, first.before, first.bounds, (0, i), 0) for i in range(600)]
     batch = collate(samples)

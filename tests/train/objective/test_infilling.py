@@ -29,7 +29,7 @@ def packed(
     objective: Infilling, folder: Path, stream: TokenStream, training: bool
 ) -> tuple[Packing, CausalCollate]:
     collate = objective.collator(folder, LENGTH, isolate=False)
-    return pack(stream, "chunk", collate.window, training), collate
+    return pack(stream, "chunk", collate, training), collate
 
 
 @pytest.mark.parametrize("level", ["document", "context"])

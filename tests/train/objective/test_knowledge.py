@@ -94,7 +94,7 @@ def in_english(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch_of(
     collate: Knowledge, folder: Path, step: int | None, split: str = "train"
 ) -> dict[str, torch.Tensor]:
-    packing = pack(TokenStream(folder, split), "chunk", collate.window, training=split == "train")
+    packing = pack(TokenStream(folder, split), "chunk", collate, training=split == "train")
     return collate([packing.sample(index, step=step) for index in range(packing.samples)])
 
 

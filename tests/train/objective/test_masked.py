@@ -95,9 +95,7 @@ def test_every_choice_trains_on_a_prepared_folder(choice: str, tmp_path: Path) -
     objective = instantiate(config.objective, "objective")
     assert objective.seed == 3 and objective.predicted_share == 0.15
     collate = objective.collator(prepared(tmp_path, ["masking"]), 32, False)
-    packing = pack(
-        TokenStream(next((tmp_path / "prepared").iterdir()), "train"), "chunk", collate.window, True
-    )
+    packing = pack(TokenStream(next((tmp_path / "prepared").iterdir()), "train"), "chunk", collate, True)
     bert = model(pair_head=objective.pairs is not None)
     optimizer = torch.optim.Adam(bert.parameters(), lr=0.01)
     losses = []

@@ -38,9 +38,12 @@ def evaluate_run(directory: Path, objective: Any = None, step: int | None = None
     config = load(RunDir(directory).config)
     objective = objective or instantiate(config.objective, "objective")
     model, _ = load_model(directory, step)
-    objective.check_model(model)
     prepared = RunDir(directory).prepared()
-    collate = objective.collator(prepared, config.sequence_length, config.packing.isolate)
+    try:
+        objective.check_model(model)
+        collate = objective.collator(prepared, config.sequence_length, config.packing.isolate)
+    except ValueError as error:  # whose advice is for a run that has not begun
+        raise ValueError(f"objective: {directory} cannot be scored on it: {error}") from None
     validation = TokenStream(prepared, "validation")
     packing = pack(validation, config.packing.method, collate, training=False)
     size = config.micro_batch or config.global_batch

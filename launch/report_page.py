@@ -127,6 +127,7 @@ def _facts(figures: dict[str, Any], run: RunRecord) -> dict[str, str]:
     commit = machine.get("commit") or NONE
     return {
         "Status": _status(figures["steps"], figures["planned_steps"]),
+        "Objective": str((run.config.get("objective") or {}).get("_target_") or NONE).rpartition(".")[2],
         "Validation loss (nats per token)": _number(".4f")(figures["loss"])
         + (f" (at step {figures['evaluated_at']:,})" if stale else ""),
         "Unigram model's loss on the same labels": _number(".4f")(figures["unigram_loss"]),

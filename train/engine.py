@@ -119,8 +119,12 @@ def _build_operators() -> None:
         (folder / "lock").unlink(missing_ok=True)
         if not (folder / "deepspeed_shm_comm.so").exists():
             print("compiling DeepSpeed's CPU operators, once: about a minute", flush=True)
+        # The build is done again where another ninja made it, so it is always that of this environment.
+        search = os.environ.get("PATH", "")
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), search])
         with quiet():
             builder.load(verbose=False)
+        os.environ["PATH"] = search
 
 
 def stop_world() -> None:

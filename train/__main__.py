@@ -89,3 +89,7 @@ if __name__ == "__main__":
     # The deepspeed launcher adds an argument that Hydra does not know; the environment says the same.
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     main_guard(main)
+    if "RANK" in os.environ:
+        from train.engine import end_process
+
+        end_process()

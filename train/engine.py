@@ -136,6 +136,18 @@ def stop_world() -> None:
             os.environ.pop(name, None)
 
 
+def end_process() -> None:
+    """End a rank's process at once, after everything it holds is closed.
+
+    While Python itself ends, threads of libtorch may still let go of its objects; they are then killed in
+    mid-call, and once in a great many times the process of a finished rank aborts ("terminate called without
+    an active exception"), which its launcher takes for a failure.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 @dataclass(frozen=True)
 class Step:
     """What one optimizer step did.

@@ -19,7 +19,7 @@ from data.tokenizer import load_tokenizer
 from model.flops import count
 from train import checkpoint, deepspeed_config, hardware
 from train.config import RunConfig, load, micro_batch, total_steps
-from train.engine import Engine, World, start_world, stop_world
+from train.engine import Engine, World, end_process, start_world, stop_world
 from train.eval.evaluate import evaluate, unigram_loss
 from train.eval.sample import respond
 from train.log import Log, Meter
@@ -256,3 +256,4 @@ def run(rundir: RunDir) -> None:
 
 if __name__ == "__main__":
     main_guard(lambda: run(RunDir(sys.argv[1])))
+    end_process()

@@ -117,7 +117,6 @@ class BestFit(Packing):
 
     def __init__(self, stream: TokenStream, window: int, overhead: int = 0) -> None:
         super().__init__(stream, window)
-        self.overhead = overhead
         plan = _best_fit(np.asarray(stream.offsets), window, overhead)
         self._starts, self._stops, self._bounds = plan
         self.samples = len(self._bounds) - 1

@@ -14,19 +14,18 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 
 from data.cli import instantiate, main_guard, one_line_errors
 from data.loader import evaluation_batches, pack
 from data.shards import TokenStream
-from launch.generate import CONF, load_model
+from launch.generate import load_model
+from launch.request import CONF, require_run, step_of
 from train.config import load
 from train.eval.evaluate import Evaluation, evaluate
 from train.rundir import RunDir
-
-LATEST = "latest"
 
 
 def evaluate_run(directory: Path, objective: Any = None, step: int | None = None) -> Evaluation:
@@ -65,12 +64,9 @@ def evaluate_run(directory: Path, objective: Any = None, step: int | None = None
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 @one_line_errors
 def main(node: DictConfig) -> None:
-    if OmegaConf.is_missing(node, "run"):
-        raise ValueError("run: must be set to a run's directory, for example run=runs/demo")
-    if not (node.checkpoint == LATEST or isinstance(node.checkpoint, int)):
-        raise ValueError(f"checkpoint: {node.checkpoint} is neither a step nor {LATEST}")
+    require_run(node)
+    step = step_of(node.checkpoint)
     objective = instantiate(node.objective, "objective") if node.get("objective") else None
-    step = None if node.checkpoint == LATEST else node.checkpoint
     result = dataclasses.asdict(evaluate_run(Path(node.run), objective, step))
     metrics = result.pop("metrics")
     for name, value in (result | metrics).items():

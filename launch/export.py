@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -25,6 +24,7 @@ from torch import nn
 
 from data.cli import main_guard, one_line_errors
 from data.tokenizer import CLS, END_OF_TEXT, PAD, SEP, load_tokenizer, save_tokenizer, vocabulary_size
+from launch.request import CONF, checked, step_of
 from model.bert import BERT
 from model.hf import export_state
 from model.hf_options import hf_config
@@ -34,8 +34,6 @@ from train.config import load
 from train.rundir import RunDir
 from train.start import build_model
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
-LATEST = "latest"
 FORMATS = ("hf",)
 
 
@@ -58,17 +56,9 @@ def main(node: DictConfig) -> None:
 
 def from_hydra(node: DictConfig) -> Request:
     """The checked request. Raises ValueError with one line that begins with the key."""
-    if OmegaConf.is_missing(node, "run"):
-        raise ValueError("run: must be set to a run's directory, for example run=runs/demo")
-    try:
-        request = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Request), node))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    assert isinstance(request, Request)
+    request = checked(node, Request)
     if request.format not in FORMATS:
         raise ValueError(f"format: {request.format} is not known; choose one of {', '.join(FORMATS)}")
-    if isinstance(request.checkpoint, str) and request.checkpoint != LATEST:
-        raise ValueError(f"checkpoint: {request.checkpoint} is neither a step nor {LATEST}")
     return request
 
 
@@ -88,7 +78,7 @@ def export(request: Request) -> tuple[Path, int]:
     tokenizer = load_tokenizer(rundir.tokenizer)
     model = build_model(config, vocabulary_size(tokenizer))
     content = hf_config(model, **token_ids(model, tokenizer))  # refuses a model before its weights are read
-    asked = None if request.checkpoint == LATEST else int(request.checkpoint)
+    asked = step_of(request.checkpoint)
     step = load_weights(model, rundir.checkpoints, asked)
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:

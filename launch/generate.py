@@ -19,22 +19,19 @@ from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from tokenizers import Tokenizer
 from torch import nn
 
 from data.cli import main_guard, one_line_errors
 from data.tokenizer import load_tokenizer, vocabulary_size
+from launch.request import CONF, checked, step_of
 from train.checkpoint import load_weights
 from train.config import load
 from train.eval.sample import respond
 from train.hardware import DTYPES
 from train.rundir import RunDir
 from train.start import build_model
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
-LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -64,15 +61,7 @@ def main(node: DictConfig) -> None:
 
 def from_hydra(node: DictConfig) -> Request:
     """The checked request. Raises ValueError with one line that begins with the key."""
-    if OmegaConf.is_missing(node, "run"):
-        raise ValueError("run: must be set to a run's directory, for example run=runs/demo")
-    try:
-        request = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Request), node))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    assert isinstance(request, Request)
-    if isinstance(request.checkpoint, str) and request.checkpoint != LATEST:
-        raise ValueError(f"checkpoint: {request.checkpoint} is neither a step nor {LATEST}")
+    request = checked(node, Request)
     if not math.isfinite(request.temperature):
         raise ValueError(f"temperature: {request.temperature} is not a finite number")
     if not 0 <= request.seed < 2**63:
@@ -85,9 +74,7 @@ def stream(request: Request) -> Iterator[str]:
 
     Raises ValueError in one line for a run without a checkpoint, or a number that cannot be.
     """
-    model, tokenizer = load_model(
-        Path(request.run), None if request.checkpoint == LATEST else int(request.checkpoint)
-    )
+    model, tokenizer = load_model(Path(request.run), step_of(request.checkpoint))
     return respond(
         model,
         tokenizer,

@@ -28,7 +28,7 @@ from scipy.stats import t as student_t
 
 from data.cli import instantiate, main_guard
 from launch.evaluate import evaluate_run
-from launch.generate import CONF
+from launch.request import CONF
 from train.rundir import write
 
 MASKINGS = {"random": "masked", "whole word": "masked-whole-word", "knowledge": "knowledge"}

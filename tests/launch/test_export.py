@@ -32,7 +32,8 @@ from data.tokenizer import (
     vocabulary_size,
 )
 from launch import export as command
-from launch.export import CONF, Request, export, from_hydra
+from launch.export import Request, export, from_hydra
+from launch.request import CONF
 from model.denoise import generate_from
 from model.generate import generate
 from tests.model.hf_cases import TARGETS, spread

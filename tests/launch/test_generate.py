@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from data.tokenizer import BPE, END_OF_TEXT, Bytes, Characters, WordPiece, load_tokenizer, save_tokenizer
 from launch import generate as command
-from launch.generate import CONF, Request, from_hydra, load_model, quoted, stream
+from launch.generate import Request, from_hydra, load_model, quoted, stream
+from launch.request import CONF
 from model.gpt import GPT
 from train.checkpoint import WEIGHTS, path_of
 from train.config import Horizon, RunConfig, to_container

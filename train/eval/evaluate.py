@@ -51,8 +51,8 @@ def evaluate(
     metrics: dict[str, Tensor] = {}
     for batch in batches:
         loss_sum, count, counts = score(batch)
-        losses, labels = losses + loss_sum.double().cpu(), labels + count.cpu()
-        metrics = {name: value.double().cpu() + metrics.get(name, 0) for name, value in counts.items()}
+        losses, labels = losses + loss_sum.double(), labels + count
+        metrics = {name: value.double() + metrics.get(name, 0) for name, value in counts.items()}
     nats, evaluated, *sums = add_up(losses, labels, *metrics.values())
     totals = dict(zip(metrics, sums, strict=True))
     nats -= totals.get(AUXILIARY, 0.0)

@@ -89,8 +89,9 @@ class TextFiles:
         self.paths = [paths] if isinstance(paths, str) else list(paths)
 
     def documents(self) -> Iterator[Document]:
-        for path in _expand(self.paths):
-            yield from _document(str(path), _utf8(path))
+        files, root = _expand(self.paths), _root(self.paths)
+        for path in files:
+            yield from _document(os.path.relpath(path, root), _utf8(path))
 
     def inputs(self) -> dict[str, Any]:
         return _stamps(_expand(self.paths))
@@ -110,10 +111,11 @@ class Rows:
         self.column = column
 
     def documents(self) -> Iterator[Document]:
-        for path in _expand(self.paths):  # one at a time, so that an error can name its file
+        files, root = _expand(self.paths), _root(self.paths)
+        for path in files:  # one at a time, so that an error can name its file
             rows = _rows(str(path), self.column, path=self.format, data_files=[str(path)], split="train")
             for number, text in enumerate(rows):
-                yield from _document(f"{path}:{number}", [text])
+                yield from _document(f"{os.path.relpath(path, root)}:{number}", [text])
 
     def inputs(self) -> dict[str, Any]:
         return _stamps(_expand(self.paths))
@@ -252,6 +254,13 @@ def _expand(paths: list[str]) -> list[Path]:
     if not found:
         raise ValueError("data.source.paths: the list is empty; name at least one file")
     return list(found)
+
+
+def _root(paths: list[str]) -> str:
+    """The folder that all patterns name: ids are relative to it, so that a corpus may be moved and grow."""
+    patterns = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+    folders = [os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0]) for pattern in patterns]
+    return os.path.commonpath(folders)
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, Any]:

@@ -65,6 +65,18 @@ def test_a_change_of_a_file_changes_the_identity(tmp_path: Path) -> None:
     assert source.inputs() != before
 
 
+def test_a_corpus_that_is_moved_keeps_its_ids(tmp_path: Path) -> None:
+    for place in ("here", "there/too"):
+        for name in ("a/0.txt", "b/0.txt"):
+            (tmp_path / place / name).parent.mkdir(parents=True)
+            (tmp_path / place / name).write_text(name)
+        for pattern in ("**/*.txt", "[ab]/?.txt"):
+            ids = [document.id for document in TextFiles(f"{tmp_path}/{place}/{pattern}").documents()]
+            assert ids == ["a/0.txt", "b/0.txt"]
+    both = [f"{tmp_path}/here/a/*.txt", f"{tmp_path}/there/too/b/0.txt"]
+    assert [d.id for d in TextFiles(both).documents()] == ["here/a/0.txt", "there/too/b/0.txt"]
+
+
 @pytest.mark.parametrize("line", ["def f(x):\n    return 'é😀'\n", "no end of line 😀 ", "\n", "x\n\n  y\n"])
 def test_a_long_file_comes_in_pieces(tmp_path: Path, line: str) -> None:
     path = tmp_path / "long.txt"
@@ -124,7 +136,7 @@ def test_rows_are_documents(tmp_path: Path, format: str) -> None:
     expected = [text.replace("\r\n", "\n") for text in TEXTS] if format == "csv" else TEXTS
     assert [text.replace("\r\n", "\n") if format == "csv" else text for text in read(source)] == expected
     ids = [document.id for document in source.documents()]
-    assert ids == [f"{path}:{number}" for number in range(3)]
+    assert ids == [f"{Path(path).name}:{number}" for number in range(3)]
     assert list(source.inputs()) == [str(Path(path).resolve())]
 
 

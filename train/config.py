@@ -20,12 +20,14 @@ from data.loader import METHODS
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 WANDB_MODES = ("offline", "online", "disabled")
+ACTIONS = ("stop", "skip", "rollback")  # on divergence
 
 # What a resumed run may change: nothing that alters the parameters, the data or the arithmetic of a step.
-# engine.ranks is only asked for: the ranks there are get compared by themselves.
 MAY_CHANGE = (
-    *("name", "directory", "horizon", "evaluation", "checkpoint", "log", "track"),
-    *("data.directory", "engine.ranks"),
+    *("name", "directory", "horizon", "evaluation", "checkpoint", "log", "track", "stop", "divergence"),
+    *("data.directory", "micro_batch", "fork"),
+    *(f"engine.{key}" for key in ("ranks", "zero_stage", "offload_optimizer", "activation_checkpointing")),
+    *("engine.compile", "engine.threads", "engine.hang_timeout"),
 )
 
 
@@ -58,6 +60,7 @@ class EngineConfig:
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of each block
     threads: int | None = None  # CPU threads per rank; null: cores / local ranks
+    hang_timeout: float = 900.0  # seconds without progress after which the rank that hangs is named
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,37 @@ class EvaluationConfig:
 class CheckpointConfig:
     every: int | None = 500  # steps; null: only at the end
     keep: int = 2  # newest checkpoints kept
+    keep_every: int | None = None  # steps; checkpoints at its multiples are kept besides; null: none
+    asynchronous: bool = True  # training goes on while a snapshot in memory is written
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """When a run saves and ends before its horizon, to be continued by the same command."""
+
+    time_limit: float | None = None  # minutes of wall-clock for one start of the run; null: none
+    grace: float = 25.0  # seconds from a signal to the end at the latest: a step and a save must fit in
+
+
+@dataclass(frozen=True)
+class DivergenceConfig:
+    """What happens on a loss or gradient that is not finite, and on a loss that jumps up."""
+
+    nonfinite: str = "rollback"
+    spike: str = "report"
+    threshold: float = 10.0  # a spike: the loss, in robust standard deviations above the window's median
+    window: int = 100  # steps before, which the loss is compared with
+    pass_over: int = 4  # batches that a rollback leaves out: the offending one and those before it
+    limit: int = 5  # skips and rollbacks within one window, after which the run stops
+
+
+@dataclass(frozen=True)
+class ForkConfig:
+    """Another run to go on from, instead of from the start."""
+
+    run: str | None = None  # its directory
+    step: int | None = None  # of its checkpoint; null: the newest
+
 
 
 @dataclass(frozen=True)
@@ -103,6 +137,9 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    fork: ForkConfig = field(default_factory=ForkConfig)
     log: LogConfig = field(default_factory=LogConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
@@ -187,13 +224,29 @@ def check(config: RunConfig) -> None:
     _positive("evaluation.sample_tokens", config.evaluation.sample_tokens)
     _positive("checkpoint.every", config.checkpoint.every)
     _positive("checkpoint.keep", config.checkpoint.keep)
+    _positive("checkpoint.keep_every", config.checkpoint.keep_every)
+    _positive("stop.time_limit", config.stop.time_limit)
+    _positive("stop.grace", config.stop.grace)
+    _check_divergence(config.divergence)
+    _require(
+        config.fork.run is not None or config.fork.step is None,
+        "fork.step: there is no fork.run; name the directory of the run to fork",
+    )
     _positive("log.every", config.log.every)
     _one_of("track.wandb", config.track.wandb, WANDB_MODES)
+
+
+def _check_divergence(divergence: DivergenceConfig) -> None:
+    _one_of("divergence.nonfinite", divergence.nonfinite, ACTIONS)
+    _one_of("divergence.spike", divergence.spike, ("report", *ACTIONS))
+    for key in ("threshold", "window", "pass_over", "limit"):
+        _positive(f"divergence.{key}", getattr(divergence, key))
 
 
 def _check_engine(engine: EngineConfig) -> None:
     _positive("engine.ranks", engine.ranks)
     _positive("engine.threads", engine.threads)
+    _positive("engine.hang_timeout", engine.hang_timeout)
     _one_of("engine.zero_stage", engine.zero_stage, (0, 1, 2, 3))
     _one_of("engine.precision", engine.precision, PRECISIONS)
     _require(engine.gradient_clipping >= 0, "engine.gradient_clipping: is negative; 0 turns clipping off")

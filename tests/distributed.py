@@ -42,13 +42,14 @@ def _rank(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    from train.engine import end_process, start_world, stop_world
+    from train.engine import start_world, stop_world
+    from train.ranks import end_with
 
     _share_out_everything()
     start_world()
     Path(folder, str(rank)).write_bytes(pickle.dumps(function(*arguments)))
     stop_world()
-    end_process()
+    end_with(lambda: None)
 
 
 def _share_out_everything() -> None:

@@ -12,15 +12,20 @@ if "DS_ACCELERATOR" not in os.environ:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import logging
+import math
+import pickle
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO, UNIVERSAL_CHECKPOINT_VERSION_KEY
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from train import deepspeed_config
@@ -38,7 +48,13 @@ from train.config import RunConfig
 Batch = dict[str, Tensor]
 
 # What a launcher would tell a world of one. The last marks it as ours, for `stop_world` to take back.
+Accept = Callable[[float, float], bool]
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "ISOFLOP_ALONE": "1"}
+
+MASTER = "fp32"  # the name of a parameter's fp32 weights beside those of the optimizer's states
+
+# Besides tensors and plain containers, all that DeepSpeed's checkpoints hold.
+TRUSTED = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,19 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    control: Any = None  # a process group of the CPUs, for what the ranks agree on
+
+    def agree(self, *values: int) -> list[int]:
+        """The greatest of each value over all ranks."""
+        greatest = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=self.control)
+        return greatest.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over all ranks, in float64."""
@@ -60,7 +89,7 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def barrier(self) -> None:
@@ -76,8 +105,10 @@ def start_world() -> World:
             port = free.getsockname()[1]
         environment.update(ALONE, MASTER_PORT=str(port))
     local_rank = int(environment["LOCAL_RANK"])
+    # DeepSpeed's launcher says LOCAL_SIZE, for which its collectives go through shared memory, that killed
+    # ranks leave behind and in which the others wait for them for ever.
     local_size = int(
-        environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment["WORLD_SIZE"]))
+        environment.get("LOCAL_WORLD_SIZE") or environment.pop("LOCAL_SIZE", environment["WORLD_SIZE"])
     )
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     device = torch.device("cpu")
@@ -93,7 +124,8 @@ def start_world() -> World:
     # Rank 0 may prepare data while the others wait.
     with quiet():
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+    control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device, control)
 
 
 def operators_folder() -> Path:
@@ -134,18 +166,6 @@ def stop_world() -> None:
     if "ISOFLOP_ALONE" in os.environ:
         for name in (*ALONE, "MASTER_PORT"):
             os.environ.pop(name, None)
-
-
-def end_process() -> None:
-    """End a rank's process at once, after everything it holds is closed.
-
-    While Python itself ends, threads of libtorch may still let go of its objects; they are then killed in
-    mid-call, and once in a great many times the process of a finished rank aborts ("terminate called without
-    an active exception"), which its launcher takes for a failure.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 @dataclass(frozen=True)
@@ -191,6 +211,10 @@ class Engine:
         if config.engine.compile:
             for block in model.blocks:  # type: ignore[union-attr]
                 block.compile()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        members = [list(group["params"]) for group in optimizer.param_groups]
+        self.group_names = [[names[id(parameter)] for parameter in group] for group in members]
+        self._group_of = {id(parameter): i for i, group in enumerate(members) for parameter in group}
         self.peaks = [group["lr"] for group in optimizer.param_groups]  # the schedule multiplies these
         # In half precision without ZeRO, DeepSpeed takes a step with gradients of zero to allocate the
         # optimizer's state. It must neither decay the weights nor count in Adam's bias correction.
@@ -200,8 +224,19 @@ class Engine:
             self.engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=deepspeed_config.derive(config, world.size)
             )
+        optimizer = self.engine.basic_optimizer
         if self.zero_stage == 0:
-            self.engine.basic_optimizer.state.clear()
+            optimizer.state.clear()
+            # In half precision the optimizer steps fp32 copies in their places.
+            stepped = [group["params"] for group in optimizer.param_groups]
+            self._stepped = {
+                id(own): copy
+                for mine, copies in zip(members, stepped, strict=True)
+                for own, copy in zip(mine, copies, strict=True)
+            }
+        # DeepSpeed's optimizers all end in this call, at which the gradient norm is known on every rank.
+        self._update, optimizer.step = optimizer.step, self._judged_update  # type: ignore[method-assign]
+        self.engine._copy_recovery_script = lambda folder: None  # model.safetensors needs none
         self.set_learning_rate(1.0)
 
     def set_learning_rate(self, multiplier: float) -> None:
@@ -210,28 +245,46 @@ class Engine:
             group["lr"] = peak * multiplier
         self.learning_rate = self.peaks[0] * multiplier
 
-    def train_step(self, step: int, batches: list[Batch]) -> Step:
-        """One optimizer step over this rank's micro batches. Dropout depends on (seed, step, rank) alone."""
+    def train_step(self, step: int, batches: list[Batch], accept: Accept = lambda loss, norm: True) -> Step:
+        """One optimizer step over this rank's micro batches. Dropout depends on (seed, step, rank) alone.
+
+        accept: given the global mean loss in nats and the gradient norm (infinite or NaN where it
+        overflowed), the same on all ranks, says whether the update is made.
+        """
         self.engine.train()
         (dropout_seed,) = np.random.SeedSequence((self.seed, step, self.world.rank)).generate_state(1)
         torch.manual_seed(int(dropout_seed))
         batches = [self._to_device(batch) for batch in batches]
         (total,) = self.world.sum(sum(self.objective.count(batch) for batch in batches))
         loss_sum = torch.zeros((), device=self.world.device)
-        norm = None
         metrics: dict[str, Tensor] = {}
+        self._verdict: bool | None = None
+        self._norm: float | None = None
         for batch in batches:
             batch_sum, _, counts = self.objective(self.engine, batch)
             # DeepSpeed averages gradients over ranks; the objective sums over tokens.
             self.engine.backward(batch_sum * (self.world.size / max(1.0, total)), scale_wrt_gas=False)
-            if self.engine.is_gradient_accumulation_boundary():
-                norm = self._unsharded_norm()
-            self.engine.step()
             loss_sum += batch_sum.detach()
             metrics = {name: value + metrics.get(name, 0) for name, value in counts.items()}
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        skipped = not self.engine.was_step_applied()
-        return Step(loss_sum, int(total), float(norm or 0.0), skipped, metrics)
+            if self.engine.is_gradient_accumulation_boundary():
+                self._norm = self._unsharded_norm()
+                mean = self.world.sum(loss_sum)[0] / max(1.0, total)
+                self._accept = partial(accept, mean)
+            self.engine.step()
+        if self._verdict is None:  # the gradients overflowed, and DeepSpeed dropped them
+            self._norm = math.inf
+            # In fp16 they do so now and then: the loss scale is lowered, and only the loss is judged.
+            self._accept(0.0 if self.precision == "fp16" else math.inf)
+        return Step(loss_sum, int(total), self._norm or 0.0, not self._verdict, metrics)
+
+    def _judged_update(self, *arguments: Any, **keywords: Any) -> Any:
+        """Stands in for the optimizer's step, which ZeRO calls once per group of parameters."""
+        if self._verdict is None:
+            if self._norm is None:
+                norm = float(self.engine.optimizer._global_grad_norm)
+                self._norm = math.nan if norm < 0 else norm  # DeepSpeed's sign for one that is not finite
+            self._verdict = self._accept(self._norm)
+        return self._update(*arguments, **keywords) if self._verdict else None
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -239,26 +292,101 @@ class Engine:
         self.engine.eval()
         return self.objective(self.engine, self._to_device(batch))
 
-    def save(self, directory: Path, tag: str, state: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Write the sharded state to directory/tag (all ranks); returns the whole weights on rank 0."""
+    def snapshot(self, aside: bool) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+        """What a checkpoint holds of this rank (all ranks call it): file names to what `torch.save` writes to
+        them, and on rank 0 the whole weights. aside: as copies that later steps leave alone."""
+        files = _Files(aside)
+        self.engine.checkpoint_engine = files
+        state = {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: 0.2}}
         with quiet():
-            self.engine.save_checkpoint(str(directory), tag=tag, client_state=state, save_latest=False)
+            self.engine.save_checkpoint("/", tag="", client_state=state, save_latest=False)
             if self.zero_stage == 3:
                 weights = self.engine._zero3_consolidated_16bit_state_dict()
             else:
                 weights = self.engine.module.state_dict() if self.world.rank == 0 else None
         if weights is None:
-            return None
+            return files.found, None
         names = {name for name, _ in self.model.named_parameters()}  # a tied weight once
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items() if name in names}
+        return files.found, {
+            name: _on_cpu(tensor, aside) for name, tensor in weights.items() if name in names
+        }
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Restore what `save` wrote at the same world size; returns its `state`."""
-        with quiet():
-            path, state = self.engine.load_checkpoint(str(directory), tag=tag)
+    def load(self, folder: Path) -> None:
+        """Restore what an engine of this size and stage gave as `snapshot`, from its files.
+
+        Raises:
+            ValueError: the files do not fit this engine, or hold what a checkpoint does not.
+        """
+        self.engine.checkpoint_engine = _Files(aside=False)
+        try:
+            with quiet(), torch.serialization.safe_globals(TRUSTED):
+                path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{folder}: refused to load it ({str(error).splitlines()[0]})") from None
         if path is None:
-            raise ValueError(f"{directory / tag}: DeepSpeed found no checkpoint of this world size in it")
-        return state
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint of this world size in it")
+
+    def restore(
+        self,
+        parameters: Iterable[tuple[str, dict[str, Tensor]]],
+        scalars: dict[str, Any],
+        loss_scale: float,
+    ) -> None:
+        """Take this rank's part of whole parameters (see `train.elastic.Shards`).
+
+        Raises:
+            ValueError: one is missing, or unknown.
+        """
+        own = dict(self.model.named_parameters())
+        missing = set(own)
+        for name, tensors in parameters:
+            if name not in own:
+                raise ValueError(f"{name}: is in the checkpoint, but not in the model")
+            missing.discard(name)
+            self._assign(own[name], tensors)
+        if missing:
+            raise ValueError(f"{min(missing)}: is in the model, but not in the checkpoint")
+        optimizer = self.engine.optimizer
+        for state in self.engine.basic_optimizer.state.values():
+            for key, value in scalars.items():
+                state[key] = value.clone() if torch.is_tensor(value) else value
+        if self.zero_stage == 3:
+            for group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        if self.precision == "fp16":
+            (optimizer.loss_scaler if self.zero_stage else optimizer).cur_scale = loss_scale
+
+    def _assign(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+        """This rank's part of one parameter: its fp32 weight, its copy in half precision, its moments."""
+        optimizer, basic = self.engine.optimizer, self.engine.basic_optimizer
+        if self.zero_stage == 3:
+            group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            for key, whole in tensors.items():
+                padded = torch.nn.functional.pad(whole, (0, count * self.world.size - whole.numel()))
+                mine = padded.narrow(0, count * self.world.rank, count)
+                _state_of(basic, flat, key).narrow(0, start, count).copy_(mine)
+            return
+        parameter.data.copy_(tensors[MASTER].view_as(parameter))
+        if self.zero_stage > 0:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # none of it on this rank
+                return
+            (flat,) = basic.param_groups[self._group_of[id(parameter)]]["params"]
+            here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            for key, whole in tensors.items():
+                mine = whole.narrow(0, here.start, here.numel)
+                _state_of(basic, flat, key).narrow(0, there.start, there.numel).copy_(mine)
+            return
+        stepped = self._stepped[id(parameter)]
+        stepped.data.copy_(tensors[MASTER].view_as(stepped))
+        basic.state[stepped] = {
+            key: whole.to(stepped.device, copy=True).view_as(stepped)
+            for key, whole in tensors.items()
+            if key != MASTER
+        }
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds between steps: parameters, fp32 master weights and optimizer moments."""
@@ -289,6 +417,57 @@ class Engine:
 
     def _to_device(self, batch: Batch) -> Batch:
         return {key: tensor.to(self.world.device, non_blocking=True) for key, tensor in batch.items()}
+
+
+def _state_of(optimizer: torch.optim.Optimizer, flat: Tensor, key: str) -> Tensor:
+    """A state of the flat fp32 weights by name, or under MASTER these themselves."""
+    if key == MASTER:
+        return flat.data
+    return optimizer.state[flat].setdefault(key, torch.zeros_like(flat.data))
+
+
+class _Files(CheckpointEngine):
+    """Stands between DeepSpeed and the disk: keeps what it would write, unpickles only what is harmless."""
+
+    def __init__(self, aside: bool) -> None:
+        super().__init__()
+        self.found: dict[str, Any] = {}
+        self._aside = aside
+
+    def create(self, info: Any) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Keep a state under its file's name."""
+        self.found[Path(path).name] = _kept(state_dict, self._aside)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read a state. Raises pickle.UnpicklingError on classes other than TRUSTED."""
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+
+def _kept(state: Any, aside: bool) -> Any:
+    """A state as it is now: its containers anew, its tensors on the CPU."""
+    if isinstance(state, Tensor):
+        return _on_cpu(state, aside)
+    if type(state) in (dict, OrderedDict):
+        return type(state)((key, _kept(value, aside)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(_kept(value, aside) for value in state)
+    return copy.deepcopy(state)
+
+
+def _on_cpu(tensor: Tensor, aside: bool) -> Tensor:
+    """In memory of its own where it must last, or where a file would hold more than what it shows."""
+    tensor = tensor.detach()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    on_cpu = tensor.cpu().contiguous()
+    same = on_cpu.data_ptr() == tensor.data_ptr()
+    return on_cpu.clone() if same and (aside or not whole) else on_cpu
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -8,8 +8,10 @@ it while others wait, and where it is there already, nothing is done.
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,18 @@ def _tokenizer(job: Job, folder: Path, meter: "Meter") -> Tokenizer:
     size, most = job.source.size(), job.tokenizer.training_bytes
     meter.begin("tokenizer", most if size is None else min(size, most))
     documents = (document for split, document in job.validation.split(job.source) if split == "train")
-    save_tokenizer(job.tokenizer.train(capped(_texts(documents, meter), most)), folder)
+    texts = capped(_texts(documents, meter), most)
+    trained: Future[Tokenizer] = Future()
+
+    def train() -> None:
+        try:
+            trained.set_result(job.tokenizer.train(texts))
+        except BaseException as error:
+            trained.set_exception(error)
+
+    # In a thread, so that this one can notice a signal.
+    threading.Thread(target=train, daemon=True).start()
+    save_tokenizer(trained.result(), folder)
     return load_tokenizer(folder)
 
 

@@ -6,11 +6,14 @@ deepspeed, which have started them already, it is one of them.
 
 from __future__ import annotations
 
-import ctypes
+from train.stop import STARTED, install
+
+if __name__ == "__main__":
+    install()  # before what takes seconds to import
+
 import os
-import signal
-import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from omegaconf import DictConfig
 
 from data.cli import main_guard, one_line_errors
 from train.config import RunConfig, from_hydra
+from train.ranks import end_with, start
 from train.rundir import RunDir
 from train.start import begin
 
@@ -55,41 +59,37 @@ def _join(config: RunConfig) -> None:
     """Be one of the ranks that a launcher started. Rank 0 prepares; the others wait for it to join them."""
     from train.run import run
 
-    rank_0 = os.environ["RANK"] == "0"
-    run(begin(config, int(os.environ["WORLD_SIZE"])) if rank_0 else RunDir(config.directory))
+    if os.environ["RANK"] == "0":
+        with install().unwinding():
+            rundir = begin(config, int(os.environ["WORLD_SIZE"]))
+    else:
+        rundir = RunDir(config.directory)
+    run(rundir)
 
 
 def _launch(config: RunConfig, own_process: bool) -> None:
-    """Start the ranks: one in this process, several (or, of a sweep, any number) through torchrun."""
+    """Start the ranks: one in this process, several (or, of a sweep, any number) in their own."""
+    started = time.monotonic()
     gpus = torch.cuda.device_count()
     ranks = min(config.engine.ranks or gpus, gpus) if gpus else config.engine.ranks or 1
-    rundir = begin(config, ranks)
+    with install().unwinding():
+        rundir = begin(config, ranks)
     if ranks == 1 and not own_process:
         from train.run import run
 
         return run(rundir)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    command = [*torchrun, "-m", "train.run", str(rundir.path.resolve())]
-    lock = rundir.lock_descriptor()
-    done = subprocess.run(command, env=environment, cwd=ROOT, pass_fds=[lock], preexec_fn=_end_with_parent)
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
-def _end_with_parent() -> None:
-    """In the launcher's process, on Linux: be told to end, and end the ranks, when this program is killed."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, STARTED: str(started)}
+    command = [sys.executable, "-m", "train.run", str(rundir.path.resolve())]
+    try:
+        code = start(command, ranks, environment, [rundir.lock_descriptor()], config.stop.grace)
+    finally:
+        rundir.unlock()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
     # The deepspeed launcher adds an argument that Hydra does not know; the environment says the same.
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    main_guard(main)
-    if "RANK" in os.environ:
-        from train.engine import end_process
-
-        end_process()
+    end_with(lambda: main_guard(main))

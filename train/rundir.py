@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -13,12 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from data.shards import MANIFEST, read_manifest
 from train.config import RunConfig, changed, load, to_container
+from train.files import write
+from train.lock import Lock
 
 PACKAGES = (
     "torch",
@@ -50,29 +51,21 @@ class RunDir:
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report.html"
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
 
     def lock(self) -> None:
-        """Make this process the only one that writes here, until it ends.
+        """Make this process the only one that writes here, until it ends (see `train.lock`).
 
         Raises:
             ValueError: the directory cannot be written, or another process holds it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / "lock", "a")  # noqa: SIM115  held for the life of the process
-        except OSError as error:
-            raise ValueError(
-                f"directory: cannot write to {self.path} ({error.strerror}); choose another"
-            ) from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            raise ValueError(
-                f"directory: another process trains in {self.path}; wait for it, or choose another name=…"
-            ) from None
-        self._lock = handle
+        self._lock = Lock(self.path)
+
+    def unlock(self) -> None:
+        """Let other processes write here. To be called before os._exit, which leaves no time for it."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def lock_descriptor(self) -> int:
         """For child processes to inherit: the lock holds until the last process that has it ends."""
@@ -81,19 +74,23 @@ class RunDir:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Take the lock. Where no config is there after the block, what was made here goes again."""
+        """Take the lock. Where the block fails it is given back, and where there is no config then, what was
+        made here goes again."""
         absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        self.lock()
         try:
+            self.lock()
             yield
-        finally:
+        except BaseException:
             if not self.config.exists():
-                (self.path / "lock").unlink(missing_ok=True)
+                if self._lock is not None:
+                    (self.path / "lock").unlink(missing_ok=True)
                 with suppress(OSError):  # others use it
                     for path in absent:
                         path.rmdir()
+            self.unlock()
+            raise
 
-    def check_resume(self, config: RunConfig, world_size: int) -> None:
+    def check_resume(self, config: RunConfig) -> None:
         """Refuse to continue this run under a config that would make it another run.
 
         Raises:
@@ -110,15 +107,22 @@ class RunDir:
                 f"{keys[0]}: differs from what {self.path} was started with{others};"
                 " undo the change, or choose another name=…"
             )
-        before = (
-            json.loads(self.environment.read_text())["world_size"]
-            if self.environment.exists()
-            else world_size
-        )
-        if before != world_size:
-            raise ValueError(
-                f"engine.ranks: {self.path} was started with {before} rank(s); continue it with as many"
-            )
+
+    def passed_over(self) -> tuple[list[int], list[int]]:
+        """What rollbacks left out: positions in the order of the data, and the steps that they came at."""
+        path = self.path / "passed_over.json"
+        known = json.loads(path.read_text()) if path.exists() else {"positions": [], "rollbacks": []}
+        return known["positions"], known["rollbacks"]
+
+    def write_passed_over(self, positions: list[int], rollbacks: list[int]) -> None:
+        """Keep what `passed_over` gives, whatever becomes of the checkpoints."""
+        content = json.dumps({"positions": positions, "rollbacks": rollbacks})
+        write(self.path / "passed_over.json", content + "\n")
+
+    def lineage(self) -> dict[str, Any] | None:
+        """What this run was forked from: parent, parent_step, changed (keys); None where it was not."""
+        path = self.path / "fork.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
     def freeze(self, config: RunConfig, prepared: Path, inputs: dict[str, str]) -> None:
         """Write the config and the place of the prepared data that every rank works from.
@@ -166,13 +170,6 @@ def _same_tokens(before: Path, now: Path) -> bool:
     if not (before / MANIFEST).exists() or not (now / MANIFEST).exists():
         return False
     return read_manifest(before)["splits"] == read_manifest(now)["splits"]
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file by `text` whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 def environment(world_size: int) -> dict[str, Any]:

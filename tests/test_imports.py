@@ -16,11 +16,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Inside train a part imports only parts of earlier lines, never one of its own line.
 TRAIN = [
-    {"config"},
-    {"rundir", "deepspeed_config", "hardware"},
+    {"config", "files", "stop", "records"},
+    {"deepspeed_config", "divergence", "hardware", "lock", "ranks", "track"},
+    {"rundir"},
     {"objective", "optim", "engine"},
-    {"checkpoint", "pretrained"},
-    {"eval", "log"},
+    {"checkpoint", "elastic", "pretrained", "watchdog"},
+    {"eval", "fork", "log"},
     {"start"},
     {"run"},
     {"__main__"},

@@ -25,7 +25,7 @@ ACTIONS = ("stop", "skip", "rollback")  # on divergence
 # What a resumed run may change: nothing that alters the parameters, the data or the arithmetic of a step.
 MAY_CHANGE = (
     *("name", "directory", "horizon", "evaluation", "checkpoint", "log", "track", "stop", "divergence"),
-    *("data.directory", "micro_batch", "fork"),
+    *("data.directory", "micro_batch"),
     *(f"engine.{key}" for key in ("ranks", "zero_stage", "offload_optimizer", "activation_checkpointing")),
     *("engine.compile", "engine.threads", "engine.hang_timeout"),
 )
@@ -241,6 +241,11 @@ def _check_divergence(divergence: DivergenceConfig) -> None:
     _one_of("divergence.spike", divergence.spike, ("report", *ACTIONS))
     for key in ("threshold", "window", "pass_over", "limit"):
         _positive(f"divergence.{key}", getattr(divergence, key))
+    _require(
+        divergence.limit < divergence.window,
+        f"divergence.limit: {divergence.limit} in a window of {divergence.window} steps is never reached; set"
+        " less than divergence.window",
+    )
 
 
 def _check_engine(engine: EngineConfig) -> None:

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+from train.stop import REQUEUE, Stop, current, install
+
+if __name__ == "__main__":
+    install()  # before what takes seconds to import
+
 import dataclasses
+import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.cli import instantiate, main_guard
-from data.loader import Loader, evaluation_batches, pack
+from data.loader import Batch, Loader, evaluation_batches, pack
 from data.order import Order
 from data.shards import TokenStream, read_manifest
 from data.tokenizer import load_tokenizer
 from model.flops import count
 from train import checkpoint, deepspeed_config, hardware
 from train.config import RunConfig, load, micro_batch, total_steps
-from train.engine import Engine, World, end_process, start_world, stop_world
+from train.divergence import Event, Monitor, offending, position, rollback_target
+from train.elastic import redistribute
+from train.engine import Engine, World, start_world, stop_world
 from train.eval.evaluate import evaluate, unigram_loss
 from train.eval.sample import respond
 from train.log import Log, Meter
 from train.objective.base import AUXILIARY
 from train.optim.groups import decay_groups
 from train.pretrained import load_pretrained
+from train.ranks import end_with
 from train.rundir import RunDir, environment
 from train.start import build_model
+from train.watchdog import Watchdog
 
 UNIGRAM_TOKENS = 2**20  # of training text that the unigram model counts
+
+
+class Interrupted(Exception):
+    """All ranks are to stop here."""
+
+
+class Diverged(Exception):
+    """The run stops by its policy for divergence, or has nothing to go on from. One line."""
 
 
 class Run:
@@ -37,6 +57,7 @@ class Run:
 
     def __init__(self, rundir: RunDir, config: RunConfig, world: World) -> None:
         self.rundir, self.config, self.world = rundir, config, world
+        self.watchdog = Watchdog(world, config.engine.hang_timeout, rundir.path)
         prepared = rundir.prepared()
         self.tokenizer = load_tokenizer(prepared / "tokenizer")
         self.baselines = read_manifest(prepared)["splits"]["validation"]
@@ -56,6 +77,8 @@ class Run:
         self.engine = Engine(
             config, model, self.objective, optimizer(groups, config.engine.offload_optimizer), world
         )
+        self.saver = checkpoint.Saver(self.engine, rundir.checkpoints, config.checkpoint)
+        self.layout = {"world_size": world.size, "zero_stage": config.engine.zero_stage}
         self.packing = pack(self.stream, config.packing.method, self.collate, training=True)
         self.held_out = pack(self.validation, config.packing.method, self.collate, training=False)
         self.total_steps = total_steps(config, self.packing.samples)
@@ -70,31 +93,221 @@ class Run:
         self.peak_flops = None if peak is None else world.sum(peak)[0]
         self.tokens_per_step = config.global_batch * config.sequence_length
         self.log: Log | None = None  # rank 0 opens it when training starts
+        self.passed_over: list[int] = []  # positions in the order of the data that are left out, sorted
+        self.monitor = Monitor(config.divergence)
+        self.event: Event | None = None  # what the monitor says of the step that is being made
 
-    def train(self) -> None:
-        """The loop: from the newest checkpoint, or step 0, to the horizon."""
-        config, engine, total = self.config, self.engine, self.total_steps
-        first = checkpoint.restore(engine, self.rundir.checkpoints)
-        self._open_log(first)
-        meter = Meter(self.loader)
-        for step in range(first, total):
-            batches = self.loader.step(step)
-            engine.set_learning_rate(self.schedule(step, total))
-            result = engine.train_step(step, batches)
-            meter.add(result, self.tokens_per_step)
-            done = step + 1
-            if _due(done, config.log.every, total):
-                self._log_train(done, result.gradient_norm, meter)
-            with meter.paused():
-                if _due(done, config.evaluation.every, total):
-                    self._evaluate(done)
-                if _due(done, config.checkpoint.every, total):
-                    checkpoint.save(engine, self.rundir.checkpoints, done, config.checkpoint.keep)
+    def train(self, stop: Stop) -> str | None:
+        """The loop: from the newest whole checkpoint, or step 0, to the horizon.
+
+        Returns what interrupted it, then saved and to be continued; None where it has finished.
+
+        Raises:
+            Diverged: it stops by its policy.
+        """
+        self.stop = stop
+        first, notes = self._restore()
+        self.done = self.saved = first  # steps: made, and in the newest checkpoint
+        stop.training(self.config.stop.grace, self.config.stop.time_limit)
+        self._open_log(first, notes)
+        self.meter = Meter(self.loader)
+        try:
+            if first and self._evaluation_due():  # the run had ended before it was made
+                self._evaluate()
+                self._advance()
+            while self.done < self.total_steps:
+                self._step(self.done)
+                self._look_around()
+        except Interrupted:
+            reason = next(filter(None, self.world.gather(stop.requested)))
+            self._save_now()
+            self._event(self.done, "interrupt", f"{reason} at step {self.done}", reason=reason)
+            self._say(f"{reason}: saved at step {self.saved}; the same command goes on from there")
+            return reason
+        self._finish()
+        return None
+
+    def _step(self, step: int) -> None:
+        """The optimizer step after `step` of them, and what is due then."""
+        config, total = self.config, self.total_steps
+        self.watchdog.mark(step, "data")
+        batches = self.loader.step(position(step, self.passed_over))
+        self.watchdog.mark(step, "step")
+        self.engine.set_learning_rate(self.schedule(step, total))
+        self.event = None
+        result = self.engine.train_step(step, batches, lambda loss, norm: self._accepts(step, loss, norm))
+        if self.event and self._react(step, self.event):
+            return
+        if self.event and self.event.action == "skip":  # its loss would hide those of the steps beside it
+            result = dataclasses.replace(result, loss_sum=torch.zeros(()), count=0, metrics={})
+        self.meter.add(result, self.tokens_per_step)
+        self.done = step + 1
+        if _due(self.done, config.log.every, total):
+            self._log_train(self.done, result.gradient_norm, self.meter)
+        with self.meter.paused():
+            if _due(self.done, config.checkpoint.every, total):
+                self._begin_save()
+            if self._evaluation_due():
+                self._evaluate()
+        self._advance()
+
+    def _look_around(self) -> None:
+        """Between two steps: end the save that all ranks have written, and raise Interrupted on all of them
+        where one is asked to stop."""
+        writing = self.saver.pending and not self.saver.finished
+        stop, unwritten = self.world.agree(self.stop.requested is not None, writing)
+        if not unwritten:
+            self._settle()
+        if stop and self.done < self.total_steps:
+            raise Interrupted
+
+    def _accepts(self, step: int, loss: float, gradient_norm: float) -> bool:
+        """Whether the update of `step` is made."""
+        self.event = self.monitor.judge(step, loss, gradient_norm)
+        return self.event is None or self.event.action == "report"
+
+    def _react(self, step: int, event: Event) -> bool:
+        """Do what the policy says; returns whether the run was rolled back.
+
+        Raises:
+            Diverged: to stop, or there is nothing to go back to.
+        """
+        told = {k: v for k, v in dataclasses.asdict(event).items() if k not in ("name", "message")}
+        if event.action in ("report", "skip"):
+            message = f"{event.message}; its update is {'skipped' if event.action == 'skip' else 'made'}"
+            self._event(step, event.name, message, **told)
+            self._say(message)
+            return False
+        if event.action == "rollback":
+            left_out = self._roll_back(step)
+            if isinstance(left_out, list):
+                batches = f"{len(left_out)} batch{'es' * (len(left_out) > 1)} passed over"
+                message = f"{event.message}; rolled back to step {self.done}, {batches}"
+                self._event(self.done, event.name, message, positions=left_out, to_step=self.done, **told)
+                self._say(message)
+                return True
+            event = dataclasses.replace(event, message=f"{event.message}; {left_out}")
+            told["action"] = "stop"
+        self._save_now()
+        self._event(step, event.name, event.message, **told)
+        raise Diverged(f"{event.message}; stopped before its update, saved at step {step}")
+
+    def _roll_back(self, step: int) -> list[int] | str:
+        """Bring the run back to before the batches that led to `step`, which are passed over from now on.
+
+        Returns their positions; or why it cannot. The newer checkpoints go before that is written down, so
+        that a kill in between leaves a run that comes to `step` again and does the same.
+        """
+        self._settle()
+        back: int | str = ""
+        if self.world.rank == 0:
+            back = self._way_back(step)
+        back = self.world.broadcast(back)
+        if isinstance(back, str):
+            return back
+        left_out = offending(step, back, self.config.divergence.pass_over, self.passed_over)
+        self.passed_over = sorted({*self.passed_over, *left_out})
+        self.monitor.rolled_back(step)
+        if self.world.rank == 0:
+            self.rundir.write_passed_over(self.passed_over, self.monitor.rollbacks)
+        self.world.barrier()
+        self._load(back)
+        self.done = self.saved = back
+        self.meter.read()
+        if self.log:
+            self.log.rewind(back)
+        return left_out
+
+    def _way_back(self, step: int) -> int | str:
+        """On rank 0: the checkpoint to go back to, with none after it any more; or why there is none."""
+        directory = self.rundir.checkpoints
+        target = rollback_target(checkpoint.steps(directory), step, self.config.divergence.pass_over)
+        try:
+            found = None if target is None else checkpoint.newest_good(directory, self._say, before=target)
+            if found is None:
+                return "there is no checkpoint before it to roll back to"
+            checkpoint.remove_after(directory, found)
+        except (ValueError, OSError) as error:
+            return f"it cannot be rolled back: {error}"
+        return found
+
+    def _state(self, done: int) -> dict[str, Any]:
+        """What a checkpoint keeps of the loop."""
+        return {
+            "step": done,
+            "layout": self.layout,
+            "passed_over": self.passed_over,
+            "monitor": self.monitor.state(),
+        }
+
+    def _restore(self) -> tuple[int, list[str]]:
+        """Bring the engine to the newest whole checkpoint: its step, 0 without one, and what to tell."""
+        notes: list[str] = []
+        found: int | str | None = None
+        if self.world.rank == 0:
+            try:
+                found = checkpoint.newest_good(self.rundir.checkpoints, notes.append)
+            except ValueError as error:
+                found = str(error)
+        found, notes, history = self.world.broadcast((found, notes, self.rundir.passed_over()))
+        if isinstance(found, str):
+            raise Diverged(found)
+        self.passed_over, rollbacks = history
+        self.monitor = Monitor(self.config.divergence, rollbacks)
+        return (0 if found is None else self._load(found)), notes
+
+    def _load(self, step: int) -> int:
+        path = checkpoint.path_of(self.rundir.checkpoints, step)
+        state = checkpoint.read_state(path)
+        if state["layout"] == self.layout:
+            self.engine.load(path)
+        else:
+            redistribute(self.engine, path, state["layout"]["zero_stage"])
+        self.loaded_layout = state["layout"]
+        self.passed_over = sorted({*self.passed_over, *state["passed_over"]})
+        self.monitor.load_state(state["monitor"])
+        return state["step"]
+
+    def _begin_save(self) -> None:
+        self.watchdog.mark(self.done, "save")
+        self._settle()  # where the one before is still under way
+        self.saver.save(self.done, self._state(self.done))
+
+    def _save_now(self) -> None:
+        """Have a checkpoint of where the run is, before anything else."""
+        self._settle()
+        if self.saved != self.done:
+            self._begin_save()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the save under way, if there is one, and end it."""
+        if not self.saver.pending:
+            return
+        self.saver.wait()
+        saved = self.saver.settle()
+        if saved.error is None:
+            self.saved = saved.step
             if self.log:
-                self.log.advance(done)
-        self._finish(first)
+                self.log.sync()
+            timed = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
+            self._write("checkpoint", saved.step, **timed)
+            return
+        message = f"no checkpoint of step {saved.step} ({saved.error}); the one before stays, the run goes on"
+        self._event(saved.step, "checkpoint_failed", message, error=saved.error)
+        self._say(message)
 
-    def _open_log(self, first: int) -> None:
+    def _evaluation_due(self) -> bool:
+        """Whether there is to be an evaluation after the steps done, and has not been one."""
+        if not _due(self.done, self.config.evaluation.every, self.total_steps):
+            return False
+        return not self.world.broadcast(self.log is not None and self.log.has("eval", self.done))
+
+    def _advance(self) -> None:
+        if self.log:
+            self.log.advance(self.done)
+
+    def _open_log(self, first: int, notes: list[str]) -> None:
         """On rank 0: the log, and the record of what this start of the run is."""
         self.started = time.perf_counter()
         if self.world.rank != 0:
@@ -108,11 +321,8 @@ class Run:
         }
         derived = deepspeed_config.derive(self.config, self.world.size)
         self.rundir.record(derived, dataclasses.asdict(self.counts), found)
-        if first == 0:
+        if not self.log.has("baseline", 0):
             self._look_ahead()
-        event = "resume" if first else "start"
-        message = f"{event} at step {first} of {self.total_steps}, commit {found['commit']}"
-        self._write("event", first, event=event, message=message)
         parameters = self.counts.parameters
         self.log.say(
             f"{self.config.directory}: {parameters / 1e6:,.1f} M parameters,"
@@ -120,8 +330,35 @@ class Run:
             f" {self.tokens_per_step:,} tokens, {self.world.size} rank(s),"
             f" ZeRO-{self.config.engine.zero_stage}, {self.config.engine.precision}"
         )
-        if first:
-            self.log.say(f"going on from step {first}")
+        for note in notes:
+            self._event(first, "passed_over_checkpoint", note)
+            self.log.say(note)
+        self._tell_beginning(first, found["commit"])
+
+    def _tell_beginning(self, first: int, commit: str | None) -> None:
+        """The event that says how this start of the run begins."""
+        assert self.log is not None
+        lineage = self.rundir.lineage()
+        if lineage and not self.log.has_event("fork"):
+            changed = ", ".join(lineage["changed"]) or "nothing"
+            message = f"forked from {lineage['parent']} at step {first}: changed {changed}"
+            self._event(first, "fork", message, **lineage)
+            self.log.say(message)
+        elif first < self.total_steps or not self.log.has_event("finish"):
+            event = "resume" if first else "start"
+            self._event(first, event, f"{event} at step {first} of {self.total_steps}, commit {commit}")
+            if first:
+                self.log.say(f"going on from step {first}")
+        if first > self.total_steps:
+            self.log.say(f"step {first} is beyond the horizon of {self.total_steps} steps: nothing to do")
+        if 0 < first < self.total_steps and self.loaded_layout != self.layout:
+            before, now = (
+                f"{layout['world_size']} rank(s), ZeRO-{layout['zero_stage']}"
+                for layout in (self.loaded_layout, self.layout)
+            )
+            message = f"the checkpoint of {before} is dealt out to {now}"
+            self._event(first, "converted", message)
+            self.log.say(message)
 
     def _look_ahead(self) -> None:
         """Log what the first samples say: how well positions are used, what a unigram model would lose."""
@@ -157,7 +394,7 @@ class Run:
         tokens_per_s = window.tokens / window.seconds
         flops_per_s = tokens_per_s * self.counts.training_flops_per_token
         metrics = dict(zip(names, sums, strict=True))
-        loss = (loss_sum - metrics.get(AUXILIARY, 0.0)) / max(1, window.count)
+        loss = (loss_sum - metrics.get(AUXILIARY, 0.0)) / window.count if window.count else math.nan
         self._write(
             "train",
             step,
@@ -175,10 +412,16 @@ class Run:
         left = (self.total_steps - step) * window.seconds / window.steps
         self.log.show_train(step, self.total_steps, loss, tokens_per_s, left)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self) -> None:
+        """Raises Interrupted between two batches."""
+        step = self.done
         batches = evaluation_batches(self.held_out, self.collate, **self.shape)
         whole = (self.validation.bytes, self.objective.predicts_text)
-        result = evaluate(self.engine.evaluate, self.world.sum, batches, *whole)
+        result = evaluate(self.engine.evaluate, self.world.sum, self._interruptible(step, batches), *whole)
+        sample = None
+        if self.config.evaluation.prompt is not None:
+            self.watchdog.mark(step, "sample")
+            sample = self._sample()
         values = dataclasses.asdict(result)
         self._write("eval", step, **values.pop("metrics"), **values)
         if self.log:
@@ -186,8 +429,15 @@ class Run:
             self.log.say(
                 f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}"
             )
-        if self.config.evaluation.prompt is not None:
-            self._write("sample", step, prompt=self.config.evaluation.prompt, text=self._sample())
+        if sample is not None:
+            self._write("sample", step, prompt=self.config.evaluation.prompt, text=sample)
+
+    def _interruptible(self, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.watchdog.mark(step, "evaluate")
+            if self.world.agree(self.stop.requested is not None)[0]:
+                raise Interrupted
+            yield batch
 
     def _sample(self) -> str:
         """The model's answer to the prompt. All ranks draw it: under ZeRO-3 each holds part of the model.
@@ -201,20 +451,28 @@ class Run:
             drawn = respond(model, self.tokenizer, prompt, max_new_tokens=tokens, to_the_end=True, **sampling)
             return "".join(drawn)
 
-    def _finish(self, first: int) -> None:
+    def _finish(self) -> None:
+        self._settle()
         if not self.log:
             return
-        if first < self.total_steps:
-            self._write(
-                "event", self.total_steps, event="finish", message=f"finished {self.total_steps} steps"
-            )
+        if self.done == self.total_steps and not self.log.has_event("finish"):
+            self._event(self.done, "finish", f"finished {self.done} steps")
         self.log.summary()
 
     def close(self, failed: bool) -> None:
-        """Stop the loader and end the log."""
+        """Stop the threads and end the log."""
+        self.watchdog.close()
+        self.saver.close()
         self.loader.close()
         if self.log:
             self.log.close(failed)
+
+    def _event(self, step: int, name: str, message: str, **values: Any) -> None:
+        self._write("event", step, event=name, message=message, **values)
+
+    def _say(self, line: str) -> None:
+        if self.log:
+            self.log.say(line)
 
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if not self.log:
@@ -235,25 +493,41 @@ def _due(done: int, every: int | None, total: int) -> bool:
 
 
 def run(rundir: RunDir) -> None:
-    """One rank of the run that `train.start.begin` froze in rank 0's directory, and locked."""
-    world = start_world()
-    try:
-        path = world.broadcast(rundir.path)  # names may hold a time, which every rank composed for itself
-        rundir = rundir if world.rank == 0 else RunDir(path)
-        rank = Run(rundir, load(rundir.config), world)
-        failed = True
+    """One rank of the run that `train.start.begin` froze in rank 0's directory, and locked.
+
+    Raises:
+        SystemExit: with REQUEUE, where it was interrupted and saved; with 1, where it stopped by its policy.
+    """
+    with current() as stop:
+        world = start_world()
         try:
-            rank.train()
-            failed = False
+            path = world.broadcast(rundir.path)  # names may hold a time, which every rank composed for itself
+            rundir = rundir if world.rank == 0 else RunDir(path)
+            with _closing(Run(rundir, load(rundir.config), world)) as rank:
+                interrupted = rank.train(stop)
+        except Diverged as error:
+            if world.rank == 0:
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except ValueError as error:
+            # What a person can get wrong was checked before: from here on it is a bug, and keeps its trace.
+            raise RuntimeError(f"rank {world.rank} failed") from error
         finally:
-            rank.close(failed)
-    except ValueError as error:
-        # What a person can get wrong was checked before: from here on it is a bug, and keeps its traceback.
-        raise RuntimeError(f"rank {world.rank} failed") from error
+            rundir.unlock()
+            stop_world()
+    if interrupted:
+        sys.exit(REQUEUE)
+
+
+@contextmanager
+def _closing(rank: Run) -> Iterator[Run]:
+    failed = True
+    try:
+        yield rank
+        failed = False
     finally:
-        stop_world()
+        rank.close(failed)
 
 
 if __name__ == "__main__":
-    main_guard(lambda: run(RunDir(sys.argv[1])))
-    end_process()
+    end_with(lambda: main_guard(lambda: run(RunDir(sys.argv[1]))))

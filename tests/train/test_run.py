@@ -18,9 +18,9 @@ from data.shards import TokenStream
 from launch.export import export, from_hydra
 from tests.distributed import run_ranks
 from tests.tiny import begun
-from train.checkpoint import WEIGHTS, load_weights, path_of, steps
+from train.checkpoint import WEIGHTS, load_weights, path_of, remove_after, steps
 from train.config import load
-from train.log import read_metrics
+from train.records import read_metrics
 from train.rundir import RunDir
 from train.start import build_model
 
@@ -49,12 +49,14 @@ def train_all(directories: list[Path]) -> None:
     from train.engine import start_world
     from train.run import Run
     from train.rundir import RunDir
+    from train.stop import current
 
     world = start_world()
     for directory in directories:
         rundir = RunDir(directory)
         run = Run(rundir, load(rundir.config), world)
-        run.train()
+        with current() as stop:
+            assert run.train(stop) is None
         run.close(failed=False)
 
 
@@ -68,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
     for directory in whole:
         copy = directory.with_name(directory.name + "-broken")
         shutil.copytree(directory, copy)
-        shutil.rmtree(path_of(copy / "checkpoints", 6))
+        remove_after(copy / "checkpoints", 3)
         broken.append(copy)
     run_ranks(train_all, 2, broken)
     return {name: pair for (name, _), *pair in zip(CASES, whole, broken, strict=True)}  # type: ignore[misc]

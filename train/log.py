@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
+import sys
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from rich.console import Console
@@ -26,36 +23,32 @@ from rich.progress import (
 from torch import Tensor
 
 from data.loader import Loader
-from train.config import RunConfig, to_container
+from train.config import RunConfig
 from train.engine import Step
-from train.rundir import RunDir, write
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every record of a metrics.jsonl. A last line that a killed run left half-written is passed over."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+from train.records import Records
+from train.rundir import RunDir
+from train.track import Track
 
 
 class Log:
-    """The log of one run.
+    """The log of one run. Neither a full disk nor an error of W&B ends it.
 
     Args:
         start: the step that the run goes on from; what an earlier process logged after it is dropped.
         total_steps: the horizon, for the progress bar.
+
+    Raises:
+        ValueError: metrics.jsonl cannot be opened.
     """
 
     def __init__(self, config: RunConfig, rundir: RunDir, start: int, total_steps: int) -> None:
-        self.console = Console(highlight=False)
+        self.console = Console(file=cast(IO[str], _Terminal()), highlight=False)
         self._rundir = rundir
-        self.elapsed_before = self._truncate(start)
-        self._file = open(rundir.metrics, "a")  # noqa: SIM115  open for the life of the run
-        self._wandb = self._start_wandb(config)
+        self._records = Records(rundir.metrics, start, self.say)
+        records = self._records.read()
+        self.elapsed_before = max((record.get("elapsed_s") or 0.0 for record in records), default=0.0)
+        disabled = config.track.wandb == "disabled"
+        self._track = None if disabled else Track(config, rundir.path, records, self.say)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("step"),
@@ -72,21 +65,45 @@ class Log:
     def close(self, failed: bool) -> None:
         """End the progress bar, the file and the W&B run."""
         self._progress.stop()
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+        self._records.close()
+        if self._track:
+            self._track.close(failed)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One record: a line of metrics.jsonl, and its numbers to W&B under `kind/`."""
-        record = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
-        self._file.flush()
-        if self._wandb is not None:
-            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            self._wandb.log(numbers, step=step)
+        """One record: a line of metrics.jsonl, and its numbers to W&B under `kind/`.
+
+        A second one of the same kind and step is passed over, unless it is an event.
+        """
+        if kind != "event" and self.has(kind, step):
+            return
+        record = {"kind": kind, "step": step} | {name: _finite(value) for name, value in values.items()}
+        self._records.append(record)
+        if self._track:
+            self._track.add(record)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a record of this kind was written for this step, by this process or an earlier one."""
+        return self._records.has(kind, step)
+
+    def has_event(self, name: str) -> bool:
+        """Whether an event of this name was written."""
+        return any(record.get("event") == name for record in self._records.read())
+
+    def sync(self) -> None:
+        """Have the records on the disk: a checkpoint was completed, and nothing before it is done again."""
+        self._records.sync()
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step`: drop the records after it. W&B keeps its rows, and gets none twice."""
+        self._records.rewind(step)
+        if self._track:
+            self._track.rewind(step)
+        self._progress.update(self._bar, completed=step)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar to `step` steps done."""
+        """`step` steps are done and logged: their row goes to W&B, and the progress bar moves on."""
+        if self._track:
+            self._track.complete(step)
         self._progress.update(self._bar, completed=step)
 
     def show_train(
@@ -106,8 +123,7 @@ class Log:
 
     def summary(self) -> None:
         """The end of the run: the last evaluation beside compressors on the same text, and a sample."""
-        records = read_metrics(self._rundir.metrics)
-        last = {record["kind"]: record for record in records}
+        last = {record["kind"]: record for record in self._records.read()}
         if "eval" not in last or "baseline" not in last:  # the horizon was drawn in, or the file taken away
             return
         result, baseline = last["eval"], last["baseline"]
@@ -123,39 +139,6 @@ class Log:
         if "sample" in last:
             self.say(f"sample:\n{last['sample']['prompt']}{last['sample']['text']}")
         self.say(f"run directory: {self._rundir.path}")
-
-    def _truncate(self, start: int) -> float:
-        """Drop records after step `start` (all, at the beginning); returns the training seconds up to it."""
-        kept = [r for r in read_metrics(self._rundir.metrics) if start > 0 and r["step"] <= start]
-        write(self._rundir.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        return max((record["elapsed_s"] for record in kept if "elapsed_s" in record), default=0.0)
-
-    def _start_wandb(self, config: RunConfig) -> Any:
-        mode = config.track.wandb
-        if mode == "disabled":
-            return None
-        import wandb
-
-        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            self.say("track.wandb: online needs an API key (wandb login, or WANDB_API_KEY); going on offline")
-            mode = "offline"
-        identity = self._rundir.path / "wandb_id"
-        if not identity.exists():
-            write(identity, uuid.uuid4().hex[:8])
-        settings = {
-            "project": config.track.project,
-            "name": config.name,
-            "id": identity.read_text().strip(),
-            "resume": "allow",
-            "dir": self._rundir.path,
-            "config": to_container(config),
-            "settings": wandb.Settings(silent=True, console="off"),
-        }
-        try:
-            return wandb.init(mode=mode, **settings)  # type: ignore[arg-type]
-        except wandb.errors.Error as error:
-            self.say(f"track.wandb: {mode} failed ({str(error).splitlines()[0]}); going on offline")
-            return wandb.init(mode="offline", **settings)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -217,6 +200,25 @@ class Meter:
         self._steps = self._tokens = self._count = self._skipped = 0
         self._loss_sum = 0.0
         self._metrics: dict[str, Tensor] = {}
+
+
+class _Terminal:
+    """Standard output, which a full disk behind it or a closed terminal does not make an error."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream().write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream().flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream(), name)
+
+    def _stream(self) -> Any:
+        # While there is a progress bar, rich puts something of its own in the place of sys.stdout.
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
 
 def _finite(value: Any) -> Any:

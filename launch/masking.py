@@ -29,7 +29,7 @@ from scipy.stats import t as student_t
 from data.cli import instantiate, main_guard
 from launch.evaluate import evaluate_run
 from launch.request import CONF
-from train.rundir import write
+from train.files import write
 
 MASKINGS = {"random": "masked", "whole word": "masked-whole-word", "knowledge": "knowledge"}
 TASK = "knowledge-entities"

@@ -18,9 +18,11 @@ from typing import Any
 import yaml
 
 from data.cli import one_line, one_line_errors
+from launch.report_events import mark, marks, tokens_after
 from launch.report_page import page
-from train.log import read_metrics
-from train.rundir import RunDir, write
+from train.files import write
+from train.records import read_metrics
+from train.rundir import RunDir
 
 X_AXES = ("step", "tokens", "flops", "elapsed_s")
 NUMBERS = {
@@ -109,6 +111,7 @@ def chart_data(runs: list[RunRecord]) -> list[dict[str, Any]]:
             "train": run.columns("train"),
             "eval": run.columns("eval"),
             "baseline": _last(run, "baseline"),
+            "marks": marks(run.kind("event"), X_AXES),
         }
         for run in runs
     ]
@@ -117,9 +120,10 @@ def chart_data(runs: list[RunRecord]) -> list[dict[str, Any]]:
 def summary(run: RunRecord) -> dict[str, Any]:
     """The figures of a run in the units of metrics.jsonl; None where they were not recorded."""
     train, evaluation, baseline = run.kind("train"), _last(run, "eval"), _last(run, "baseline")
-    steps = max(record["step"] for record in run.records)
+    # What a divergence was found in was not trained on, and may have been rolled back.
+    trained = [record for record in run.records if mark(record) != "divergence"]
     return {
-        "steps": steps,
+        "steps": max(record["step"] for record in trained),
         "planned_steps": run.environment.get("total_steps") or (run.config.get("horizon") or {}).get("steps"),
         "evaluated_at": evaluation.get("step"),
         "loss": evaluation.get("loss"),
@@ -129,8 +133,8 @@ def summary(run: RunRecord) -> dict[str, Any]:
         "gzip_bits_per_byte": baseline.get("gzip_bits_per_byte"),
         "xz_bits_per_byte": baseline.get("xz_bits_per_byte"),
         "training_loss": train[-1].get("loss") if train else None,
-        "tokens": max(record["tokens"] for record in run.records),
-        "flops": max(record["flops"] for record in run.records),
+        "tokens": max(record["tokens"] for record in trained),
+        "flops": max(record["flops"] for record in trained),
         "elapsed_s": max(record["elapsed_s"] for record in run.records),
         "memory_bytes": max((m for r in train if (m := r.get("memory_bytes")) is not None), default=None),
         **_rates(run),
@@ -140,10 +144,10 @@ def summary(run: RunRecord) -> dict[str, Any]:
 def _rates(run: RunRecord) -> dict[str, float | None]:
     """Means over training time, which leaves out start, evaluation and checkpoints.
 
-    A train record is about the tokens since the record before it, or since the run was started or continued.
+    A train record is about the tokens since the one before it, or since the run was started, continued or
+    rolled back.
     """
-    tokens = seconds = waited = shared = peak = 0.0
-    since = 0
+    tokens = seconds = waited = shared = peak = since = 0.0
     for record in run.records:
         rate = record.get("tokens_per_s")
         if record["kind"] == "train" and rate:
@@ -152,8 +156,10 @@ def _rates(run: RunRecord) -> dict[str, float | None]:
             waited += window * (record.get("data_wait_share") or 0)
             if record.get("peak_share") is not None:
                 shared, peak = shared + window, peak + window * record["peak_share"]
-        if record["kind"] in ("train", "event"):
+        if record["kind"] == "train":
             since = record["tokens"]
+        elif record["kind"] == "event" and (begun := tokens_after(record)) is not None:
+            since = begun
     return {
         "tokens_per_s": tokens / seconds if seconds else None,
         "peak_share": peak / shared if shared else None,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from plotly.offline import get_plotlyjs
 
+from launch import report_events
+
 if TYPE_CHECKING:
     from launch.report import RunRecord
 
@@ -116,6 +118,9 @@ def _number(format: str) -> Callable[[float | None], str]:
 def _summary_table(labels: list[str], summaries: list[dict[str, Any]], runs: Sequence[RunRecord]) -> str:
     columns = [_facts(figures, run) for figures, run in zip(summaries, runs, strict=True)]
     rows = {name: [column[name] for column in columns] for name in columns[0]}
+    for name in ("Lineage", "Divergence"):
+        if set(rows[name]) == {NONE}:
+            del rows[name]
     return _table(labels, rows)
 
 
@@ -125,8 +130,11 @@ def _facts(figures: dict[str, Any], run: RunRecord) -> dict[str, str]:
     stale = figures["evaluated_at"] not in (None, figures["steps"])
     ranks = machine.get("world_size")
     commit = machine.get("commit") or NONE
+    events = run.kind("event")
     return {
-        "Status": _status(figures["steps"], figures["planned_steps"]),
+        "Status": _status(figures["steps"], figures["planned_steps"], report_events.ending(events)),
+        "Lineage": report_events.lineage(events) or NONE,
+        "Divergence": report_events.divergence(events) or NONE,
         "Objective": str((run.config.get("objective") or {}).get("_target_") or NONE).rpartition(".")[2],
         "Validation loss (nats per token)": _number(".4f")(figures["loss"])
         + (f" (at step {figures['evaluated_at']:,})" if stale else ""),
@@ -153,12 +161,12 @@ def _facts(figures: dict[str, Any], run: RunRecord) -> dict[str, str]:
     }
 
 
-def _status(steps: int, planned: int | None) -> str:
+def _status(steps: int, planned: int | None, ending: str) -> str:
     if not planned:
         return f"{steps:,} steps, of how many is not recorded"
     if steps >= planned:
         return f"finished, {steps:,} of {planned:,} steps"
-    return f"unfinished, {steps:,} of {planned:,} steps ({steps / planned:.0%})"
+    return f"{ending}, {steps:,} of {planned:,} steps ({steps / planned:.0%})"
 
 
 def _beside_gzip(bits: float | None, gzip_bits: float | None) -> str:
@@ -214,7 +222,7 @@ def _sample(record: dict[str, Any]) -> str:
 
 def _events(labels: list[str], runs: Sequence[RunRecord]) -> str:
     rows = "".join(
-        f"<tr><th>{_chip(label, i)}</th>{_cells(_event(record))}</tr>"
+        f"<tr><th>{_chip(label, i)}</th>{_event(record)}</tr>"
         for i, (label, run) in enumerate(zip(labels, runs, strict=True))
         for record in run.kind("event")
     )
@@ -222,9 +230,12 @@ def _events(labels: list[str], runs: Sequence[RunRecord]) -> str:
     return f'<div class="wide"><table class="events"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 
-def _event(record: dict[str, Any]) -> list[str]:
-    words = [str(record.get(key, NONE)) for key in ("event", "message")]
-    return [duration(record["elapsed_s"]), f"{record['step']:,}", *words]
+def _event(record: dict[str, Any]) -> str:
+    kind = report_events.mark(record)
+    sign = f'<span class="mark {kind}"></span>' if kind else ""
+    before = _cells([duration(record["elapsed_s"]), f"{record['step']:,}"])
+    what = html.escape(report_events.words(record))
+    return f"{before}<td>{sign}{what}</td>{_cells([str(record.get('message', NONE))])}"
 
 
 def _config(label: str, run: RunRecord) -> str:

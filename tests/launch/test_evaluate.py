@@ -13,8 +13,8 @@ from launch.evaluate import evaluate_run
 from tests.distributed import run_ranks
 from tests.tiny import ROOT, begun
 from tests.train.test_run import SMALL, train_all
-from train.log import read_metrics
 from train.objective.masked import MaskedLM
+from train.records import read_metrics
 
 EXACT = ["engine.precision=fp32", "evaluation.every=null", "checkpoint.every=3"]
 

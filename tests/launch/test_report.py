@@ -11,6 +11,7 @@ import yaml
 
 from launch import report as command
 from launch.report import read_run, report, summary
+from launch.report_events import divergence, lineage, words
 from launch.report_page import count, differing, duration, si
 
 CONFIG: dict[str, Any] = {
@@ -151,6 +152,105 @@ def test_means_weigh_time_and_survive_a_resume(tmp_path: Path) -> None:
     assert figures["data_wait_share"] == pytest.approx(50 * 0.3 / 60)
 
 
+def event(step: int, name: str, message: str = "", **values: Any) -> dict[str, Any]:
+    return record("event", step, event=name, message=message, **values)
+
+
+def test_only_what_begins_measuring_anew_shortens_what_a_record_is_about(tmp_path: Path) -> None:
+    rolled = {"action": "rollback", "positions": [16, 17], "to_step": 15}
+    records = [
+        event(0, "start"),
+        train(10, 3.0, tokens_per_s=100.0),  # 1,000 tokens in 10 s
+        event(14, "spike", action="report", positions=[]),
+        train(20, 2.5, tokens_per_s=10.0),  # 1,000 tokens in 100 s
+        event(27, "spike", **rolled),
+        train(20, 2.5, tokens_per_s=50.0),  # 500 tokens in 10 s
+        event(25, "checkpoint_failed", error="no space left"),
+        train(30, 2.4, tokens_per_s=50.0),  # 1,000 tokens in 20 s
+        event(35, "nonfinite", **rolled),
+    ]
+    figures = summary(read_run(make_run(tmp_path / "a", records), "a"))
+    assert figures["tokens_per_s"] == pytest.approx(3500 / 140)
+    assert (figures["steps"], figures["tokens"]) == (30, 3000)  # not what was found to diverge
+
+
+EVENTFUL = [
+    train(10, 3.0),
+    event(11, "spike", "the loss 9 at step 11", action="rollback", positions=[8, 9, 10, 11], to_step=5),
+    event(15, "nonfinite", action="rollback", positions=[18, 19], to_step=10),
+    event(16, "nonfinite", action="skip", positions=[20]),
+    event(17, "spike", action="report", positions=[]),
+    event(20, "interrupt", "SIGTERM", reason="signal"),
+    event(20, "passed_over_checkpoint", "step-00000020: model.safetensors has 12 bytes"),
+    event(20, "resume"),
+    event(20, "converted"),
+    train(20, 2.0),
+    event(30, "checkpoint_failed", error="no space left"),
+    event(30, "something new", "of a later version"),
+]
+
+
+def test_what_befell_a_run_is_in_the_table_and_marked_in_the_curve(tmp_path: Path) -> None:
+    path = report([make_run(tmp_path / "a", EVENTFUL)])
+    page = Page(path)
+    (chart,) = json.loads(page.data)
+    marks = [(mark["step"], mark["kind"], mark["words"]) for mark in chart["marks"]]
+    assert marks == [
+        (11, "divergence", "loss spike, rolled back"),
+        (15, "divergence", "not finite, rolled back"),
+        (16, "divergence", "not finite, update skipped"),
+        (17, "divergence", "loss spike, only reported"),
+        (20, "resume", "interrupted"),
+        (20, "checkpoint", "damaged checkpoint not used"),
+        (20, "resume", "resumed"),
+        (20, "resume", "checkpoint converted"),
+        (30, "checkpoint", "checkpoint not written"),
+    ]
+    first = chart["marks"][0]
+    assert (first["tokens"], first["flops"], first["elapsed_s"]) == (1100, 1.1e13, 27.5)
+    assert first["message"] == "the loss 9 at step 11"
+    table = path.read_text().split("<h2>Events</h2>")[1].split("</table>")[0]
+    said = re.findall(r"<td>(?:<span class=\"mark (\w+)\"></span>)?([^<]*)</td><td>[^<]*</td></tr>", table)
+    assert said == [(kind, words) for _, kind, words in marks] + [("", "something new")]
+    assert "6 batches passed over, 1 update skipped, 1 spike only reported" in page.text
+
+
+def test_batches_are_counted_once_and_words_agree_in_number() -> None:
+    twice = [event(9, "spike", action="rollback", positions=[7], to_step=5)] * 2
+    assert divergence(twice) == "1 batch passed over"
+    assert divergence([*twice, event(9, "nonfinite", action="stop")]) == "1 batch passed over, 1 stop"
+    assert divergence([event(9, "resume")]) == ""
+    assert words({"event": "spike"}) == "loss spike" and words({}) == "None"
+
+
+@pytest.mark.parametrize(
+    ("last", "status"),
+    [
+        (event(20, "interrupt"), "interrupted, 20 of 40 steps (50%)"),
+        (event(21, "nonfinite", action="stop"), "stopped on divergence, 20 of 40 steps (50%)"),
+        (event(20, "resume"), "unfinished, 20 of 40 steps (50%)"),
+    ],
+)
+def test_the_status_says_why_a_run_ended_early(tmp_path: Path, last: dict[str, Any], status: str) -> None:
+    text = Page(report([make_run(tmp_path / "a", [*EVENTFUL[:1], train(20, 2.0), last])])).text
+    assert status in text
+
+
+def test_a_fork_says_where_it_comes_from(tmp_path: Path) -> None:
+    fork = {"parent": "runs/a", "parent_step": 1300, "changed": ["schedule", "horizon.steps"]}
+    records = [event(1300, "fork", "forked", **fork), event(1300, "resume"), train(1310, 2.0)]
+    said = "forked from runs/a at step 1,300: changed schedule, horizon.steps"
+    assert lineage(records) == said
+    assert lineage([event(5, "fork", parent="a", parent_step=5, changed=[])]).endswith(
+        "step 5: changed nothing"
+    )
+    parent, child = make_run(tmp_path / "a"), make_run(tmp_path / "b", records)
+    both = Page(report([parent, child]))
+    assert said in both.text and json.loads(both.data)[1]["train"]["step"] == [1310]
+    alone = Page(report([parent])).text
+    assert "Lineage" not in alone and "Divergence" not in alone
+
+
 def test_what_was_not_recorded_is_left_open(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", [train(10, 3.0, peak_share=None)])
     for name in ("environment.json", "model.json"):
@@ -220,8 +320,14 @@ def test_the_output_goes_where_it_is_asked_to(tmp_path: Path, capsys: pytest.Cap
         (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: holds no measurement"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "metrics.jsonl: holds no measurement"),
         (lambda run: (run / "metrics.jsonl").write_text(json.dumps(RECORDS[1])), "holds no measurement"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"kind": "train"}\n'), "line 1 is not a record"),
-        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n"), "metrics.jsonl: cannot be read"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n'),
+            "line 1 is not a record",
+        ),
+        (
+            lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n"),
+            "metrics.jsonl: holds no measurement",
+        ),
         (lambda run: (run / "environment.json").write_text("{"), "environment.json: is not JSON"),
         (lambda run: (run / "report.html").mkdir(), "report.html: cannot be written"),
     ],

@@ -14,8 +14,9 @@ from data.loader import pack
 from data.prepare import prepare
 from data.shards import read_manifest
 from data.tokenizer import load_tokenizer
-from train.config import RunConfig, check_device, check_world
+from train.config import RunConfig, check_device, check_world, total_steps
 from train.eval.sample import encoded_prompt
+from train.fork import check_fork, fork_config, fork_step, take_checkpoint
 from train.pretrained import check_pretrained
 from train.rundir import RunDir
 
@@ -35,11 +36,13 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
         objective.check_model(build_model(config, vocabulary_size=1))
     rundir = RunDir(config.directory)
     with rundir.beginning():
-        rundir.check_resume(config, world_size)
+        config = fork_config(config, rundir)
+        rundir.check_resume(config)
+        step = fork_step(config, rundir)
         prepared = prepare(OmegaConf.create(config.data), OmegaConf.create(config.tokenizer))
         collate = objective.collator(prepared, config.sequence_length, config.packing.isolate)
         inputs = objective.inputs(prepared)
-        pack(objective.training_stream(prepared), config.packing.method, collate, training=True)
+        packing = pack(objective.training_stream(prepared), config.packing.method, collate, training=True)
         with torch.device("meta"):
             model = build_model(config, read_manifest(prepared)["vocabulary_size"])
         tokenizer = load_tokenizer(prepared / "tokenizer")
@@ -47,7 +50,11 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
             check_pretrained(model, Path(config.model["init_from"]), tokenizer)
         if config.evaluation.prompt is not None:
             check_prompt(model, tokenizer, config.evaluation.prompt)
+        if step is not None:
+            check_fork(config, step, total_steps(config, packing.samples), tokenizer)
         rundir.freeze(config, prepared, inputs)
+        if step is not None:
+            take_checkpoint(config, rundir, step)
     return rundir
 
 

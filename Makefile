@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check
+.PHONY: demo test check chaos
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: requirements.lock
@@ -26,3 +26,6 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/installed
+	$(BIN)/python -m tests.chaos

@@ -1,6 +1,7 @@
 """Measure this machine and the engine on it, in one run.
 
-    python -m launch.bench [--only small large data packing memory] [--steps 100] [--rounds 12] [--json FILE]
+    python -m launch.bench [--only small large data packing memory checkpoint]
+                            [--steps 100] [--rounds 12] [--json FILE]
 
 small    6 layers x 384: a plain fp32 loop and the bf16 engine train on the same text in turn, --steps steps
 large    6 layers x 768: the same for --rounds steps
@@ -8,6 +9,8 @@ data     the order's jump, and preparation beside the bare tokenizer
 packing  small at sequences of 256 and 512: --rounds steps with documents kept apart beside plain ones; takes
          minutes, so only where it is asked for
 memory   of preparing 20 MB and 200 MB; takes minutes, so only where it is asked for
+checkpoint  --rounds saves, synchronous and asynchronous in turn: how long they stall the loop, and what checksums
+         take, on the disk of runs/; takes minutes, so only where it is asked for
 
 Both shapes measure the matrix-product peak between their steps, and show where the engine's time goes. It is
 the CPU that is measured. Other load falls on all alike: read ratios, and mind the load average.
@@ -28,6 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data.cli import main_guard
+from launch.bench_checkpoint import INTERVAL, MODES, checkpoints
 from launch.bench_data import MEMORY_BYTES, jump_seconds, memory, preparation, prepare_library
 from launch.bench_packing import MEANS, packing
 from launch.bench_packing import PRECISIONS as PACKING_PRECISIONS
@@ -50,9 +54,10 @@ from train.hardware import device_name
 
 SHAPES = {shape.name: shape for shape in (SMALL, LARGE)}
 DEFAULT = ("small", "large", "data")
-SECTIONS = (*DEFAULT, "packing", "memory")
+SECTIONS = (*DEFAULT, "packing", "memory", "checkpoint")
 PROFILED_STEPS, WAITING_STEPS = 4, 6
 PREPARATIONS = 6
+RUNS = Path("runs")  # checkpoints are measured on the disk that those of runs lie on
 
 
 def measure_shape(
@@ -145,6 +150,43 @@ def packing_table(results: list[dict[str, Any]]) -> Table:
     return table
 
 
+def checkpoint_parts(result: dict[str, Any]) -> list[Table | str]:
+    """What is shown of checkpoints."""
+    size, rates = result["bytes"], result["write_bytes_per_s"]
+    table = Table(
+        title=f"checkpoint: {result['parameters'] / 1e6:.1f} M parameters, {size / 1e6:,.0f} MB, medians of"
+        f" {result['saves']} saves; a plain step takes {result['step_s'] * 1e3:,.0f} ms",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    every = f"one every {INTERVAL:.0f} s"
+    for heading in ("", "stall ms", "(best)", "begin", "settle", "write ms", "step beside", "cost ms", every):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for mode in MODES:
+        row = result[mode]
+        stall = (row[name] for name in ("stall_s", "stall_s_best", "begin_s", "settle_s", "write_s"))
+        table.add_row(
+            mode,
+            *(f"{seconds * 1e3:,.0f}" for seconds in stall),
+            "-" if row["slowdown"] is None else f"x {row['slowdown']:.2f}",
+            f"{row['cost_s'] * 1e3:,.0f}",
+            f"{row['cost_share']:.2%}",
+        )
+    reads = {name: seconds * 1e9 for name, seconds in result["read_s_per_byte"].items()}
+    lines = (
+        f"asynchronous / synchronous: stall {result['stall_relative']:.2f}, cost with the steps beside it"
+        f" {result['cost_relative']:.2f}\n"
+        f"collecting what is saved {result['collect_s'] * 1e3:,.0f} ms, with copies of it"
+        f" {result['snapshot_s'] * 1e3:,.0f} ms\n"
+        f"written and on disk: raw {rates['raw'] / 1e6:,.0f} MB/s, without checksums"
+        f" {rates['plain'] / 1e6:,.0f}, with them {rates['hashed'] / 1e6:,.0f}: they take"
+        f" {result['hashing_relative']:.2f} times as long as without, {result['raw_relative']:.2f} as raw\n"
+        f"finding the newest whole one: {reads['disk']:.2f} s/GB from disk, {reads['memory']:.2f} s/GB from"
+        f" memory"
+    )
+    return [table, lines]
+
+
 def bench(sections: list[str], steps: int, rounds: int, console: Console) -> dict[str, Any]:
     """Measure the sections, printing each when it is done; all figures, as plain numbers in SI units."""
     world = start_world()
@@ -179,6 +221,12 @@ def bench(sections: list[str], steps: int, rounds: int, console: Console) -> dic
                 f"{peak / 2**20:,.0f} MiB for {size / 1e6:.0f} MB" for size, peak in peaks.items()
             )
             progress.console.print(f"most memory of preparation: {shown}")
+        if "checkpoint" in sections:
+            task = progress.add_task("checkpoint: both modes in turn", total=rounds)
+            RUNS.mkdir(exist_ok=True)
+            results["checkpoint"] = checkpoints(RUNS, world, rounds, lambda: progress.advance(task))
+            for part in checkpoint_parts(results["checkpoint"]):
+                progress.console.print(part)
     results["load_average_after"] = os.getloadavg()[0]
     console.print(
         f"{results['device']}, {results['threads']} threads, ZeRO-{ZERO_STAGE}; load average"
@@ -197,7 +245,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(DEFAULT), help="what to measure")
     parser.add_argument("--steps", type=_at_least_two, default=100, help="steps of small (default 100)")
     parser.add_argument(
-        "--rounds", type=_at_least_two, default=12, help="steps of large and of packing (default 12)"
+        "--rounds",
+        type=_at_least_two,
+        default=12,
+        help="steps of large and of packing, saves of checkpoint (default 12)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     arguments = parser.parse_args()

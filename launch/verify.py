@@ -95,19 +95,20 @@ def show(directories: list[Path], console: Console) -> bool:
         found = [verify(directory, lambda n: progress.advance(task, n)) for directory in directories]
     well = True
     for directory, findings in zip(directories, found, strict=True):
-        if findings:
-            console.print(_table(directory, findings))
         line, right = pointer(directory)
-        console.print(line, style=None if right else "red", markup=False, highlight=False)
+        console.print(Text(str(directory), "bold"), soft_wrap=True)
+        if findings:
+            console.print(_table(findings))
+        console.print(Text(line, "" if right else "red"), soft_wrap=True)
         if names := left_over(directory):
             line = f"left over from saves under way or killed: {', '.join(names)}; the next save clears them"
-            console.print(line, markup=False, highlight=False)
+            console.print(Text(line), soft_wrap=True)
         well = well and right and not any(finding.problem for finding in findings)
     return well
 
 
-def _table(directory: Path, findings: list[Finding]) -> Table:
-    table = Table(title=Text(str(directory)), title_justify="left")
+def _table(findings: list[Finding]) -> Table:
+    table = Table()
     for name in ("step", "files", "size"):
         table.add_column(name, justify="right")
     table.add_column("written")
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, such as runs/demo"
     )
-    if not show(parser.parse_args().runs, Console(soft_wrap=True)):
+    if not show(parser.parse_args().runs, Console()):
         sys.exit(1)
 
 

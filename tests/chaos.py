@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import psutil
 import torch
@@ -105,8 +105,7 @@ class Start:
         self.first: int | None = None
         self.events: set[str] = set()
         self._step = self._evaluated = 0
-        self._metrics, self._rest = run.directory / "metrics.jsonl", b""
-        self._file: BinaryIO | None = None
+        self._metrics = run.directory / "metrics.jsonl"
         self._before = set(self._metrics.read_bytes().splitlines()) if self._metrics.exists() else set()
         self.launched = time.time()
         environment = {**os.environ, MARK: self.mark, "OMP_NUM_THREADS": "1"}
@@ -177,14 +176,12 @@ class Start:
         return wrong
 
     def _follow(self) -> None:
-        """Take in the lines that this start has added to metrics.jsonl, which it may first have replaced."""
+        """Take in the whole lines that this start added to metrics.jsonl, whose end it may first cut off."""
         with suppress(FileNotFoundError):
-            if self._file is None or self._metrics.stat().st_ino != os.fstat(self._file.fileno()).st_ino:
-                self._file, self._rest = open(self._metrics, "rb"), b""  # noqa: SIM115  to follow
-        if self._file is not None:
-            *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
+            *lines, _ = self._metrics.read_bytes().split(b"\n")
             for line in lines:
                 if line not in self._before:
+                    self._before.add(line)
                     self._take(json.loads(line))
 
     def _take(self, record: dict[str, Any]) -> None:

@@ -106,7 +106,6 @@ class ForkConfig:
     step: int | None = None  # of its checkpoint; null: the newest
 
 
-
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 10  # steps between lines of metrics.jsonl; each averages the steps since the line before
@@ -327,17 +326,18 @@ def changed(before: RunConfig, after: RunConfig) -> list[str]:
         key
         for top in old
         if top not in MAY_CHANGE
-        for key in _differences(top, old[top], new[top])
+        for key in differences(top, old[top], new[top])
         if key not in MAY_CHANGE
     ]
 
 
-def _differences(key: str, old: Any, new: Any) -> list[str]:
+def differences(key: str, old: Any, new: Any) -> list[str]:
+    """Dotted keys, beginning with `key`, at which two containers differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             d
             for k in sorted(old.keys() | new.keys())
-            for d in _differences(f"{key}.{k}", old.get(k), new.get(k))
+            for d in differences(f"{key}.{k}", old.get(k), new.get(k))
         ]
     return [] if old == new else [key]
 

@@ -51,6 +51,7 @@ Batch = dict[str, Tensor]
 Accept = Callable[[float, float], bool]
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "ISOFLOP_ALONE": "1"}
 
+PATIENCE = timedelta(hours=2)  # of a rank with the others: rank 0 may prepare data while they wait
 MASTER = "fp32"  # the name of a parameter's fp32 weights beside those of the optimizer's states
 
 # Besides tensors and plain containers, all that DeepSpeed's checkpoints hold.
@@ -121,11 +122,28 @@ def start_world() -> World:
     )  # DeepSpeed's own
     if device.type == "cpu":
         _build_operators()
-    # Rank 0 may prepare data while the others wait.
     with quiet():
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=2))
-    control = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            dist.init_process_group(
+                get_accelerator().communication_backend_name(),
+                store=_agent_store(),
+                timeout=PATIENCE,
+                rank=int(environment["RANK"]),
+                world_size=int(environment["WORLD_SIZE"]),
+            )
+        deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device, control)
+
+
+def _agent_store() -> dist.Store:
+    """A part for this start of the ranks in the store that their launcher hosts.
+
+    Torch's own way (env://) finds there the addresses of the ranks that `torchrun --max-restarts` replaces.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    start = [os.environ.get(f"TORCHELASTIC_{key}", "") for key in ("RUN_ID", "RESTART_COUNT")]
+    return dist.PrefixStore("/".join(["isoflop", *start]), dist.TCPStore(address, port, timeout=PATIENCE))
 
 
 def operators_folder() -> Path:
@@ -318,13 +336,20 @@ class Engine:
             ValueError: the files do not fit this engine, or hold what a checkpoint does not.
         """
         self.engine.checkpoint_engine = _Files(aside=False)
+        groups = self.engine.basic_optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         try:
             with quiet(), torch.serialization.safe_globals(TRUSTED):
                 path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{folder}: refused to load it ({str(error).splitlines()[0]})") from None
+        except pickle.UnpicklingError:
+            raise ValueError(
+                f"{folder}: refused to load it, for it holds what a checkpoint does not"
+            ) from None
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint of this world size in it")
+        # The settings are those of the config, which a fork's are not in the checkpoint.
+        for group, own in zip(self.engine.basic_optimizer.param_groups, settings, strict=True):
+            group.update(own)
 
     def restore(
         self,

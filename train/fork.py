@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from data.tokenizer import load_tokenizer
 from train.checkpoint import LATEST, damage, discard, newest_good, path_of, steps
-from train.config import RunConfig, _differences, load, to_container
+from train.config import RunConfig, differences, load, to_container
 from train.files import sync_folder, write
 from train.rundir import RunDir
 
@@ -56,7 +56,7 @@ def fork_config(config: RunConfig, rundir: RunDir) -> RunConfig:
         return replace(config, tokenizer=_kept(parent, before, config))
     if _is_kept(before.tokenizer):
         return _with_kept_tokenizer(config, parent)
-    for key in _differences("tokenizer", before.tokenizer, config.tokenizer):
+    for key in differences("tokenizer", before.tokenizer, config.tokenizer):
         raise ValueError(
             f"{key}: differs from that of {parent.path}, which a fork shares; undo the change, or start a run"
             " without fork.run"
@@ -132,7 +132,7 @@ def take_checkpoint(config: RunConfig, rundir: RunDir, step: int) -> None:
         sync_folder(rundir.checkpoints)
     write(rundir.checkpoints / LATEST, target.name + "\n")
     old, new = to_container(before), to_container(config)
-    changed = [key for top in old if top not in OWN for key in _differences(top, old[top], new[top])]
+    changed = [key for top in old if top not in OWN for key in differences(top, old[top], new[top])]
     lineage = {"parent": config.fork.run, "parent_step": step, "changed": changed}
     write(rundir.path / "fork.json", json.dumps(lineage, indent=1) + "\n")
 
@@ -152,8 +152,10 @@ def _parent(config: RunConfig, rundir: RunDir) -> tuple[RunDir, RunConfig]:
 def _differing(before: RunConfig, now: RunConfig) -> list[str]:
     """Dotted keys that differ and that a fork has in common with its parent."""
     old, new = to_container(before), to_container(now)
-    found = [key for key in _differences("model", old["model"], new["model"]) if key != "model.init_from"]
-    return found + [key for key in SAME if _at(old, key) != _at(new, key)]
+    found = differences("model", old["model"], new["model"])
+    return [key for key in SAME if _at(old, key) != _at(new, key)] + [
+        k for k in found if k != "model.init_from"
+    ]
 
 
 def _at(container: dict[str, Any], key: str) -> Any:

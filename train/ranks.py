@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import NoReturn
@@ -181,27 +182,35 @@ class _Ranks:
 def end_with(main: Callable[[], None]) -> NoReturn:
     """Run the main function of a run's process, and end the process with its exit code; never returns.
 
-    Of an error that is only another rank's end, one line tells. The process ends without Python's own end,
-    in which threads of libtorch may still let go of its objects: they are then killed in mid-call, and once
-    in a great many times the process aborts ("terminate called without an active exception").
+    It ends without Python's own end, in which threads of libtorch may still let go of its objects: they are
+    then killed in mid-call, and once in a great many times the process aborts ("terminate called without an
+    active exception").
     """
     code: object = 0
     try:
         main()
     except SystemExit as left:
         code = left.code
-    except BaseException as error:
+    except BaseException:
         code = 1
-        lost = lost_peer(error)
-        if lost is None:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-        else:
-            say(f"rank {os.environ['RANK']}: lost another rank ({lost})")
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     if isinstance(code, str):
         say(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk behind it, or nobody
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+@contextmanager
+def lost_in_one_line() -> Iterator[None]:
+    """A block in which an error that is only another rank's end becomes a SystemExit of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (lost := lost_peer(error)) is None:
+            raise
+        sys.exit(f"rank {os.environ['RANK']}: lost another rank ({lost})")
 
 
 def lost_peer(error: BaseException | None) -> str | None:

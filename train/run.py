@@ -36,7 +36,7 @@ from train.log import Log, Meter
 from train.objective.base import AUXILIARY
 from train.optim.groups import decay_groups
 from train.pretrained import load_pretrained
-from train.ranks import end_with
+from train.ranks import end_with, lost_in_one_line
 from train.rundir import RunDir, environment
 from train.start import build_model
 from train.watchdog import Watchdog
@@ -265,8 +265,19 @@ class Run:
             redistribute(self.engine, path, state["layout"]["zero_stage"])
         self.loaded_layout = state["layout"]
         self.passed_over = sorted({*self.passed_over, *state["passed_over"]})
-        self.monitor.load_state(state["monitor"])
+        if not self._begins_on_other_text(step):
+            self.monitor.load_state(state["monitor"])
         return state["step"]
+
+    def _begins_on_other_text(self, step: int) -> bool:
+        """Whether a fork begins here on data whose losses are not to be compared with its parent's."""
+        lineage = self.rundir.lineage()
+        other = ("data", "objective", "packing")
+        return (
+            lineage is not None
+            and lineage["parent_step"] == step
+            and any(key.split(".")[0] in other for key in lineage["changed"])
+        )
 
     def _begin_save(self) -> None:
         self.watchdog.mark(self.done, "save")
@@ -498,7 +509,7 @@ def run(rundir: RunDir) -> None:
     Raises:
         SystemExit: with REQUEUE, where it was interrupted and saved; with 1, where it stopped by its policy.
     """
-    with current() as stop:
+    with current() as stop, lost_in_one_line():
         world = start_world()
         try:
             path = world.broadcast(rundir.path)  # names may hold a time, which every rank composed for itself

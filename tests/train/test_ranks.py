@@ -214,10 +214,11 @@ def test_a_rank_that_does_not_stop_is_killed(tmp_path: Path) -> None:
 MEET = """
 import os, sys, torch
 import torch.distributed as dist
-from train.ranks import end_with
+from train.ranks import end_with, lost_in_one_line
 from train.stop import install
 install()
 
+@lost_in_one_line()
 def main():
     dist.init_process_group("gloo")
     one = torch.ones(1)

@@ -9,8 +9,9 @@ data     the order's jump, and preparation beside the bare tokenizer
 packing  small at sequences of 256 and 512: --rounds steps with documents kept apart beside plain ones; takes
          minutes, so only where it is asked for
 memory   of preparing 20 MB and 200 MB; takes minutes, so only where it is asked for
-checkpoint  --rounds saves, synchronous and asynchronous in turn: how long they stall the loop, and what checksums
-         take, on the disk of runs/; takes minutes, so only where it is asked for
+checkpoint
+         --rounds saves, synchronous and asynchronous in turn: how long they stall the loop, and what the
+         checksums take, on the disk of runs/; takes minutes, so only where it is asked for
 
 Both shapes measure the matrix-product peak between their steps, and show where the engine's time goes. It is
 the CPU that is measured. Other load falls on all alike: read ratios, and mind the load average.
@@ -31,7 +32,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data.cli import main_guard
-from launch.bench_checkpoint import INTERVAL, MODES, checkpoints
+from launch.bench_checkpoint import ASYNCHRONOUS, HASHED, INTERVAL, MODES, RAW, checkpoints
+from launch.bench_checkpoint import PLAIN as UNHASHED
 from launch.bench_data import MEMORY_BYTES, jump_seconds, memory, preparation, prepare_library
 from launch.bench_packing import MEANS, packing
 from launch.bench_packing import PRECISIONS as PACKING_PRECISIONS
@@ -152,19 +154,19 @@ def packing_table(results: list[dict[str, Any]]) -> Table:
 
 def checkpoint_parts(result: dict[str, Any]) -> list[Table | str]:
     """What is shown of checkpoints."""
-    size, rates = result["bytes"], result["write_bytes_per_s"]
+    size = result["bytes"]
     table = Table(
         title=f"checkpoint: {result['parameters'] / 1e6:.1f} M parameters, {size / 1e6:,.0f} MB, medians of"
         f" {result['saves']} saves; a plain step takes {result['step_s'] * 1e3:,.0f} ms",
         title_justify="left",
         box=SIMPLE,
     )
-    every = f"one every {INTERVAL:.0f} s"
-    for heading in ("", "stall ms", "(best)", "begin", "settle", "write ms", "step beside", "cost ms", every):
+    every = f"of {INTERVAL:.0f} s"
+    for heading in ("", "stall ms", "(best)", "write ms", "steps beside", "cost ms", every):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for mode in MODES:
         row = result[mode]
-        stall = (row[name] for name in ("stall_s", "stall_s_best", "begin_s", "settle_s", "write_s"))
+        stall = (row[name] for name in ("stall_s", "stall_s_best", "write_s"))
         table.add_row(
             mode,
             *(f"{seconds * 1e3:,.0f}" for seconds in stall),
@@ -172,17 +174,20 @@ def checkpoint_parts(result: dict[str, Any]) -> list[Table | str]:
             f"{row['cost_s'] * 1e3:,.0f}",
             f"{row['cost_share']:.2%}",
         )
-    reads = {name: seconds * 1e9 for name, seconds in result["read_s_per_byte"].items()}
+    stalled, reads = result[ASYNCHRONOUS], {k: v * 1e9 for k, v in result["read_s_per_byte"].items()}
+    rates = {name: f"{rate / 1e6:,.0f}" for name, rate in result["write_bytes_per_s"].items()}
     lines = (
-        f"asynchronous / synchronous: stall {result['stall_relative']:.2f}, cost with the steps beside it"
-        f" {result['cost_relative']:.2f}\n"
-        f"collecting what is saved {result['collect_s'] * 1e3:,.0f} ms, with copies of it"
+        f"asynchronous / synchronous: stall {result['stall_relative']:.2f}, cost (stall, and what the steps"
+        f" beside lose) {result['cost_relative']:.2f}\n"
+        f"an asynchronous stall: to begin {stalled['begin_s'] * 1e3:,.0f} ms, to name it and remove the one"
+        f" before {stalled['settle_s'] * 1e3:,.0f} ms\n"
+        f"a snapshot: as it stands in memory {result['collect_s'] * 1e3:,.0f} ms, as copies"
         f" {result['snapshot_s'] * 1e3:,.0f} ms\n"
-        f"written and on disk: raw {rates['raw'] / 1e6:,.0f} MB/s, without checksums"
-        f" {rates['plain'] / 1e6:,.0f}, with them {rates['hashed'] / 1e6:,.0f}: they take"
-        f" {result['hashing_relative']:.2f} times as long as without, {result['raw_relative']:.2f} as raw\n"
-        f"finding the newest whole one: {reads['disk']:.2f} s/GB from disk, {reads['memory']:.2f} s/GB from"
-        f" memory"
+        f"written, flushed: {rates[HASHED]} MB/s, without checksums {rates[UNHASHED]}, raw {rates[RAW]}; time"
+        f" with checksums / without {result['hashing_relative']:.2f} (best"
+        f" {result['hashing_relative_best']:.2f}), / raw {result['raw_relative']:.2f}\n"
+        f"the newest whole one is found: {reads['disk']:.2f} s/GB from disk, {reads['memory']:.2f} from"
+        " memory"
     )
     return [table, lines]
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
 
+from train.checkpoint import WEIGHTS, path_of, seal
 from train.config import RunConfig, from_hydra
+from train.files import entry_of
 from train.start import begin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,3 +61,11 @@ def begun(folder: Path, name: str, world_size: int, *more: str) -> Path:
     directory = folder / "runs" / name
     begin(config(folder, f"directory={directory}", f"name={name}", *more), world_size)
     return directory
+
+
+def write_checkpoint(directory: Path, step: int, weights: dict[str, torch.Tensor]) -> None:
+    """A checkpoint of weights alone, for the commands that read no more."""
+    folder = path_of(directory, step)
+    folder.mkdir(parents=True)
+    save_file(weights, folder / WEIGHTS)
+    seal(folder, step, {WEIGHTS: entry_of(folder / WEIGHTS)})

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 
 from train.config import CheckpointConfig
@@ -35,6 +36,7 @@ WEIGHTS = "model.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors names them
 
 Say = Callable[[str], None]
 
@@ -54,10 +56,13 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / STATE).read_text())
 
 
-def damage(path: Path, passed: Callable[[int], None] = lambda count: None) -> str | None:
+def damage(
+    path: Path, passed: Callable[[int], None] = lambda count: None, only: str | None = None
+) -> str | None:
     """What is wrong with a checkpoint, in one line; None where every file is as its manifest says.
 
-    passed: is told, in several threads, how many bytes have been read since the time before.
+    passed: is told, in several threads, how many bytes have been read since the time before. only: the one
+    file whose content matters.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -75,7 +80,8 @@ def damage(path: Path, passed: Callable[[int], None] = lambda count: None) -> st
     if path.name != written_as:
         return f"{MANIFEST} is that of {written_as}"
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _difference(path / name, entries[name], passed), entries)
+        names = entries.keys() if only is None else entries.keys() & {only}
+        found = pool.map(lambda name: _difference(path / name, entries[name], passed), names)
         return next((problem for problem in found if problem), None)
 
 
@@ -104,7 +110,12 @@ def pointed_to(directory: Path) -> int | str | None:
     return named[0] if named else f"{pointer}: points to {shown}, which is not there"
 
 
-def newest_good(directory: Path, say: Say, before: int | None = None) -> int | None:
+def newest_good(
+    directory: Path,
+    say: Say,
+    before: int | None = None,
+    check: Callable[[Path], str | None] = damage,
+) -> int | None:
     """The step of the newest checkpoint that is whole (and not after `before`); None where there is none.
 
     say: is told in one line of each that is passed over, and of a pointer to nothing.
@@ -118,7 +129,7 @@ def newest_good(directory: Path, say: Say, before: int | None = None) -> int | N
         say(f"{pointed}; looking for the newest")
     problems = []
     for step in reversed(there):
-        problem = damage(path_of(directory, step))
+        problem = check(path_of(directory, step))
         if problem is None:
             return step
         problems.append(f"{path_of(directory, step)}: {problem}")
@@ -236,11 +247,7 @@ class Saver:
             if error is None:
                 content = json.dumps(state, indent=1) + "\n"
                 files[STATE] = write_hashed(aside / STATE, lambda file: file.write(content.encode()))
-                listed = {name: dataclasses.asdict(entry) for name, entry in sorted(files.items())}
-                write(
-                    aside / MANIFEST,
-                    json.dumps({"version": 1, "step": step, "files": listed}, indent=1) + "\n",
-                )
+                seal(aside, step, files)
                 if target.exists():
                     remove(target)
                 os.rename(aside, target)
@@ -264,6 +271,12 @@ class Saver:
         self._writer.shutdown()
 
 
+def seal(folder: Path, step: int, files: dict[str, Entry]) -> None:
+    """Write the manifest of a checkpoint's files. Raises OSError."""
+    listed = {name: dataclasses.asdict(entry) for name, entry in sorted(files.items())}
+    write(folder / MANIFEST, json.dumps({"version": 1, "step": step, "files": listed}, indent=1) + "\n")
+
+
 def _write_files(
     folder: Path, contents: dict[str, Any], weights: dict[str, torch.Tensor] | None
 ) -> tuple[dict[str, Entry], float]:
@@ -273,9 +286,24 @@ def _write_files(
     for name, content in contents.items():
         entries[name] = write_hashed(folder / name, partial(torch.save, content))
     if weights is not None:
-        entries[WEIGHTS] = write_hashed(folder / WEIGHTS, lambda file: file.write(save(weights)))
+        entries[WEIGHTS] = write_hashed(folder / WEIGHTS, partial(write_weights, weights))
     sync_folder(folder)
     return entries, time.perf_counter() - start
+
+
+def write_weights(weights: dict[str, torch.Tensor], file: Any) -> None:
+    """Contiguous tensors as `safetensors` writes them; its `save` copies them all first, and keeps the other
+    threads of Python waiting while it does."""
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in weights.values():
+        file.write(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def remove(path: Path) -> None:
@@ -314,14 +342,20 @@ def _reason(error: Exception) -> str:
 def load_weights(model: nn.Module, directory: Path, step: int | None = None) -> int:
     """Load the whole weights of a checkpoint (the newest, or that of `step`) into a model on any device.
 
-    Returns the step. Raises ValueError where there is no such checkpoint or it is of another model.
+    Returns the step. Raises ValueError where there is no such checkpoint, or it is damaged, or of another
+    model.
     """
     found = steps(directory)
     if not found or (step is not None and step not in found):
         there = f"there are {', '.join(map(str, found))}" if found else "there is none"
         raise ValueError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; {there}")
-    chosen = found[-1] if step is None else step
-    path = path_of(directory, chosen) / WEIGHTS
+    whole = partial(damage, only=WEIGHTS)
+    if step is None:
+        step = newest_good(directory, lambda line: print(line, file=sys.stderr), check=whole)
+        assert step is not None
+    elif problem := whole(path_of(directory, step)):
+        raise ValueError(f"{path_of(directory, step)}: {problem}; choose another step")
+    path = path_of(directory, step) / WEIGHTS
     weights = load_file(path)
     own = dict(model.named_parameters())
     if weights.keys() != own.keys() or any(weights[name].shape != own[name].shape for name in own):
@@ -329,4 +363,4 @@ def load_weights(model: nn.Module, directory: Path, step: int | None = None) -> 
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-    return chosen
+    return step

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -37,7 +36,7 @@ from launch.request import CONF
 from model.denoise import generate_from
 from model.generate import generate
 from tests.model.hf_cases import TARGETS, spread
-from train.checkpoint import WEIGHTS, path_of
+from tests.tiny import write_checkpoint
 from train.config import Horizon, RunConfig, to_container
 from train.pretrained import check_pretrained, load_pretrained
 from train.rundir import RunDir
@@ -73,9 +72,8 @@ def make_run(
     rundir.config.write_text(yaml.safe_dump(to_container(config)))
     for step in steps:
         torch.manual_seed(step)
-        path_of(rundir.checkpoints, step).mkdir(parents=True)
         weights = {key: parameter.detach() for key, parameter in model_of(path).named_parameters()}
-        save_file(weights, path_of(rundir.checkpoints, step) / WEIGHTS)
+        write_checkpoint(rundir.checkpoints, step, weights)
     return path
 
 

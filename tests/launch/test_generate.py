@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from data.tokenizer import BPE, END_OF_TEXT, Bytes, Characters, WordPiece, load_tokenizer, save_tokenizer
@@ -18,7 +17,7 @@ from launch import generate as command
 from launch.generate import Request, from_hydra, load_model, quoted, stream
 from launch.request import CONF
 from model.gpt import GPT
-from train.checkpoint import WEIGHTS, path_of
+from tests.tiny import write_checkpoint
 from train.config import Horizon, RunConfig, to_container
 from train.eval.sample import decoded
 from train.rundir import RunDir
@@ -57,9 +56,8 @@ def make_run(path: Path, tokenizer: Tokenizer, checkpoints: Iterable[int]) -> Pa
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(5)  # far enough from uniform that the model has favourites
-        path_of(rundir.checkpoints, step).mkdir(parents=True)
         weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        save_file(weights, path_of(rundir.checkpoints, step) / WEIGHTS)
+        write_checkpoint(rundir.checkpoints, step, weights)
     return path
 
 

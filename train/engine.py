@@ -278,10 +278,12 @@ class Engine:
         metrics: dict[str, Tensor] = {}
         self._verdict: bool | None = None
         self._norm: float | None = None
+        self._scale = self._missing_loss_scale()
         for batch in batches:
             batch_sum, _, counts = self.objective(self.engine, batch)
             # DeepSpeed averages gradients over ranks; the objective sums over tokens.
-            self.engine.backward(batch_sum * (self.world.size / max(1.0, total)), scale_wrt_gas=False)
+            factor = self._scale * self.world.size / max(1.0, total)
+            self.engine.backward(batch_sum * factor, scale_wrt_gas=False)
             loss_sum += batch_sum.detach()
             metrics = {name: value + metrics.get(name, 0) for name, value in counts.items()}
             if self.engine.is_gradient_accumulation_boundary():
@@ -299,7 +301,7 @@ class Engine:
         """Stands in for the optimizer's step, which ZeRO calls once per group of parameters."""
         if self._verdict is None:
             if self._norm is None:
-                norm = float(self.engine.optimizer._global_grad_norm)
+                norm = float(self.engine.optimizer._global_grad_norm) / self._scale
                 self._norm = math.nan if norm < 0 else norm  # DeepSpeed's sign for one that is not finite
             self._verdict = self._accept(self._norm)
         return self._update(*arguments, **keywords) if self._verdict else None
@@ -381,7 +383,7 @@ class Engine:
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         if self.precision == "fp16":
-            (optimizer.loss_scaler if self.zero_stage else optimizer).cur_scale = loss_scale
+            (optimizer.loss_scaler if self.zero_stage else optimizer.loss_scale_config).cur_scale = loss_scale
 
     def _assign(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
         """This rank's part of one parameter: its fp32 weight, its copy in half precision, its moments."""
@@ -432,6 +434,11 @@ class Engine:
         if self.zero_stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [p for p in stepped if id(p) not in own]
+
+    def _missing_loss_scale(self) -> float:
+        """In fp16 without ZeRO, DeepSpeed 0.19.8 divides gradients by a scale that it never multiplied by."""
+        unscaled = self.precision == "fp16" and self.zero_stage == 0
+        return self.engine.optimizer.loss_scale if unscaled else 1.0
 
     def _unsharded_norm(self) -> float | None:
         """Gradient norm in fp32 without ZeRO, which DeepSpeed computes and throws away."""

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from data.cli import main_guard, one_line_errors
 from train.config import RunConfig, from_hydra
 from train.ranks import end_with, start
-from train.rundir import RunDir
+from train.rundir import COMMAND, RunDir, command
 from train.start import begin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,10 +79,10 @@ def _launch(config: RunConfig, own_process: bool) -> None:
 
         return run(rundir)
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, STARTED: str(started)}
-    command = [sys.executable, "-m", "train.run", str(rundir.path.resolve())]
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, STARTED: str(started), COMMAND: command()}
+    rank = [sys.executable, "-m", "train.run", str(rundir.path.resolve())]
     try:
-        code = start(command, ranks, environment, [rundir.lock_descriptor()], config.stop.grace)
+        code = start(rank, ranks, environment, [rundir.lock_descriptor()], config.stop.grace)
     finally:
         rundir.unlock()
     if code:

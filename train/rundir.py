@@ -21,6 +21,7 @@ from train.config import RunConfig, changed, load, to_container
 from train.files import write
 from train.lock import Lock
 
+COMMAND = "ISOFLOP_COMMAND"  # set by a launcher for its ranks: its own
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -172,13 +173,18 @@ def _same_tokens(before: Path, now: Path) -> bool:
     return read_manifest(before)["splits"] == read_manifest(now)["splits"]
 
 
+def command() -> str:
+    """What this process was started by."""
+    return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+
+
 def environment(world_size: int) -> dict[str, Any]:
     """The code, packages and machine of this run, for someone who wants to repeat it."""
     root = Path(__file__).resolve().parent.parent
     return {
         "commit": _git(root, "rev-parse", "HEAD"),
         "dirty": bool(_git(root, "status", "--porcelain")),
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": os.environ.get(COMMAND) or command(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "host": platform.node(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -184,6 +185,7 @@ def test_the_same_job_three_ways_has_the_same_losses(three_ways: dict[str, Path]
     for directory in three_ways.values():
         assert steps(directory / "checkpoints") == [3]
         assert '"world_size": 2' in (directory / "environment.json").read_text()
+        assert " -m train " in json.loads((directory / "environment.json").read_text())["command"]
 
 
 @pytest.mark.parametrize(

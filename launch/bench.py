@@ -162,7 +162,7 @@ def checkpoint_parts(result: dict[str, Any]) -> list[Table | str]:
         box=SIMPLE,
     )
     every = f"of {INTERVAL:.0f} s"
-    for heading in ("", "stall ms", "(best)", "write ms", "steps beside", "cost ms", every):
+    for heading in ("", "stall ms", "(best)", "write ms", "steps", "cost ms", every):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for mode in MODES:
         row = result[mode]

@@ -261,11 +261,11 @@ class Saver:
         return error
 
     def _drop_old(self, newest: int) -> None:
-        """Later ones are damaged, and were passed over: they do not count."""
+        """In the writer, before what it writes next. Later ones are damaged and do not count."""
         every = self.config.keep_every
         for step in [step for step in steps(self.directory) if step <= newest][: -self.config.keep]:
             if not every or step % every:
-                remove(path_of(self.directory, step))
+                self._writer.submit(_clear, _unname(path_of(self.directory, step)))
 
     def close(self) -> None:
         self._writer.shutdown()
@@ -307,11 +307,19 @@ def write_weights(weights: dict[str, torch.Tensor], file: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint: first its name, so that one half removed is never taken for one."""
+    """Remove a checkpoint: first its name, so that one half removed is never taken for one. Raises OSError."""
+    _clear(_unname(path))
+
+
+def _unname(path: Path) -> Path:
     aside = path.with_name(f".{path.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    _clear(aside)
     os.rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)  # over a network, what another process reads cannot go yet
+    return aside
+
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # over a network, what another process reads cannot go yet
 
 
 def remove_after(directory: Path, step: int) -> None:
@@ -325,7 +333,7 @@ def remove_after(directory: Path, step: int) -> None:
 def discard(directory: Path) -> None:
     """Clear away what killed processes left half written or half removed."""
     for left_over in directory.glob(f".{PREFIX}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+        _clear(left_over)
     for left_over in directory.glob(f".{LATEST}.*"):
         left_over.unlink()
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model.gpt import GPT
 from tests.distributed import run_ranks
@@ -40,6 +41,7 @@ from train.checkpoint import (
     read_state,
     remove_after,
     steps,
+    write_weights,
 )
 from train.config import CheckpointConfig
 from train.files import entry_of
@@ -585,3 +587,14 @@ def test_weights_of_another_model_are_refused_and_change_nothing(tmp_path: Path)
 
 def test_names_sort_as_numbers_do() -> None:
     assert path_of(Path("c"), 7).name < path_of(Path("c"), 10).name < path_of(Path("c"), 2_000_000).name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_are_written_as_safetensors_has_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {"b": torch.randn(3, 5).to(dtype), "a.weight": torch.randn(7).to(dtype), "c": torch.ones(1, 0)}
+    with open(tmp_path / WEIGHTS, "wb") as file:
+        write_weights(weights, file)
+    read = load_file(tmp_path / WEIGHTS)
+    assert read.keys() == weights.keys()
+    assert all(read[name].dtype == weights[name].dtype for name in weights)
+    assert all(torch.equal(read[name], weights[name]) for name in weights)

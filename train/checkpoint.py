@@ -307,7 +307,7 @@ def write_weights(weights: dict[str, torch.Tensor], file: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint: first its name, so that one half removed is never taken for one. Raises OSError."""
+    """Remove a checkpoint, its name first, so that one half removed is never taken for one. Raises OSError."""
     _clear(_unname(path))
 
 

@@ -390,7 +390,9 @@ def test_the_newest_are_kept_and_those_at_multiples(ranks: Ranks, tmp_path: Path
     for every, kept in ((None, [9, 12]), (6, [6, 9, 12]), (3, [3, 6, 9, 12])):
         directory = tmp_path / str(every)
         config = CheckpointConfig(keep=2, keep_every=every, asynchronous=False)
-        save(saver(ranks, directory, config), 3, 6, 9, 12)
+        own = saver(ranks, directory, config)
+        save(own, 3, 6, 9, 12)
+        own.close()
         assert steps(directory) == kept
         assert names(directory) == [LATEST, *(path_of(directory, step).name for step in kept)]
         assert (directory / LATEST).read_text() == "step-00000012\n"
@@ -505,6 +507,7 @@ def killed_at(call: int, own: Saver, number: int) -> bool:
             setattr(os, name, deadly(getattr(os, name)))
         try:
             save(own, number)
+            own.close()
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -528,6 +531,7 @@ def test_a_kill_at_any_moment_of_a_save(ranks: Ranks, tmp_path: Path, damaged: b
         assert len(lines) <= damaged
         found.add(newest)
         assert save(own, 9).error is None
+        own.close()
         assert steps(directory) == [9]
         assert names(directory) == [LATEST, "step-00000009"]
         assert good(directory) == (9, [])

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -174,6 +175,8 @@ class Saver:
 
     def __init__(self, engine: Engine, directory: Path, config: CheckpointConfig) -> None:
         self.engine, self.directory, self.config = engine, directory, config
+        self.begun: int | None = None  # the step that the run went on from; those after it were damaged
+        self._written: set[int] = set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
 
@@ -225,7 +228,7 @@ class Saver:
         try:
             entries, seconds = self._pending.files.result()
             mine = entries, seconds, None
-        except OSError as failure:
+        except Exception as failure:  # no memory, too: training can go on
             mine = {}, 0.0, _reason(failure)
         gathered = self.engine.world.gather(mine)
         files = {name: entry for entries, _, _ in gathered for name, entry in entries.items()}
@@ -252,19 +255,30 @@ class Saver:
                     remove(target)
                 os.rename(aside, target)
                 sync_folder(self.directory)
-                write(self.directory / LATEST, target.name + "\n")
-                self._drop_old(step)
-                return None
+                self._written.add(step)
         except OSError as caught:
             error = _reason(caught)
-        shutil.rmtree(aside, ignore_errors=True)
-        return error
+        if error is not None:
+            _clear(aside)
+            return error
+        # It is there and will be found. What follows needs room on a disk that may be full: first make some.
+        with suppress(OSError):
+            self._drop_old(step)
+        with suppress(OSError):
+            write(self.directory / LATEST, target.name + "\n")
+        return None
 
     def _drop_old(self, newest: int) -> None:
-        """In the writer, before what it writes next. Later ones are damaged and do not count."""
+        """Unname what is not kept, and remove it in the writer, before what that writes next.
+
+        Damaged ones between the step that the run went on from and the newest go; later ones are left.
+        """
+        there = [step for step in steps(self.directory) if step <= newest]
+        whole = [step for step in there if self.begun is None or step <= self.begun or step in self._written]
         every = self.config.keep_every
-        for step in [step for step in steps(self.directory) if step <= newest][: -self.config.keep]:
-            if not every or step % every:
+        kept = {*whole[-self.config.keep :], *(step for step in whole if every and step % every == 0)}
+        for step in there:
+            if step not in kept:
                 self._writer.submit(_clear, _unname(path_of(self.directory, step)))
 
     def close(self) -> None:
@@ -307,7 +321,7 @@ def write_weights(weights: dict[str, torch.Tensor], file: Any) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, its name first, so that one half removed is never taken for one. Raises OSError."""
+    """Remove a checkpoint, its name first: one half removed is never taken for one. Raises OSError."""
     _clear(_unname(path))
 
 

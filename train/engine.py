@@ -47,8 +47,9 @@ from train.config import RunConfig
 
 Batch = dict[str, Tensor]
 
-# What a launcher would tell a world of one. The last marks it as ours, for `stop_world` to take back.
 Accept = Callable[[float, float], bool]
+
+# What a launcher would tell a world of one. The last marks it as ours, for `stop_world` to take back.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "ISOFLOP_ALONE": "1"}
 
 PATIENCE = timedelta(hours=2)  # of a rank with the others: rank 0 may prepare data while they wait
@@ -123,7 +124,8 @@ def start_world() -> World:
     if device.type == "cpu":
         _build_operators()
     with quiet():
-        if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        one_node = environment.get("GROUP_WORLD_SIZE", "1") == "1"  # of several, each counts its own restarts
+        if one_node and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             dist.init_process_group(
                 get_accelerator().communication_backend_name(),
                 store=_agent_store(),
@@ -191,7 +193,8 @@ class Step:
     """What one optimizer step did.
 
     loss_sum: this rank's sum of token losses in nats. count: tokens with loss in the whole global batch.
-    gradient_norm: global L2 norm before clipping. skipped: fp16 overflow, parameters unchanged.
+    gradient_norm: global L2 norm before clipping. skipped: no update was made, for the gradients overflowed
+    or were not accepted.
     metrics: this rank's sums of what else the objective counts, by name.
     """
 
@@ -352,6 +355,8 @@ class Engine:
         # The settings are those of the config, which a fork's are not in the checkpoint.
         for group, own in zip(self.engine.basic_optimizer.param_groups, settings, strict=True):
             group.update(own)
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
 
     def restore(
         self,
@@ -364,6 +369,8 @@ class Engine:
         Raises:
             ValueError: one is missing, or unknown.
         """
+        if self.zero_stage == 3:
+            self.engine.optimizer.checkpoint_event_prologue()  # no whole parameter stays gathered
         own = dict(self.model.named_parameters())
         missing = set(own)
         for name, tensors in parameters:
@@ -374,14 +381,13 @@ class Engine:
         if missing:
             raise ValueError(f"{min(missing)}: is in the model, but not in the checkpoint")
         optimizer = self.engine.optimizer
-        for state in self.engine.basic_optimizer.state.values():
+        for stepped, state in self.engine.basic_optimizer.state.items():
             for key, value in scalars.items():
-                state[key] = value.clone() if torch.is_tensor(value) else value
+                state[key] = value.to(stepped.device, copy=True) if torch.is_tensor(value) else value
         if self.zero_stage == 3:
             for group in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+            optimizer.checkpoint_event_epilogue()
         if self.precision == "fp16":
             (optimizer.loss_scaler if self.zero_stage else optimizer.loss_scale_config).cur_scale = loss_scale
 

@@ -464,6 +464,13 @@ class Run:
 
     def _finish(self) -> None:
         self._settle()
+        if self.saved < self.done:
+            self._save_now()  # once more, where the last one failed
+        if self.saved < self.done:
+            raise Diverged(
+                f"step {self.done} could not be saved, the last checkpoint is of step {self.saved}; make"
+                " room, and the same command goes on"
+            )
         if not self.log:
             return
         if self.done == self.total_steps and not self.log.has_event("finish"):

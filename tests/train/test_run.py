@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,11 +19,12 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from data.order import Order
 from data.shards import TokenStream
 from launch.export import export, from_hydra
 from tests.distributed import run_ranks
 from tests.tiny import begun
-from train.checkpoint import WEIGHTS, load_weights, path_of, remove_after, steps
+from train.checkpoint import MANIFEST, WEIGHTS, load_weights, path_of, remove_after, steps
 from train.config import load
 from train.records import read_metrics
 from train.rundir import RunDir
@@ -27,6 +33,7 @@ from train.start import build_model
 SMALL = ["model.layers=1", "model.width=32", "model.heads=2"]
 PAIRS = ["objective=masked-next-sentence", "model.pair_head=true", "model.dropout=0.1"]
 CASES = [
+    ("synchronous", ["engine=zero2", "checkpoint.asynchronous=false"]),  # besides, it is zero2-bf16
     *[(f"zero{stage}-bf16", [f"engine=zero{stage}"]) for stage in range(4)],
     ("zero2-fp32-accumulated", ["engine.precision=fp32", "micro_batch=2"]),
     ("zero2-dropout", ["model.dropout=0.2", "engine.activation_checkpointing=true"]),
@@ -40,6 +47,8 @@ CASES = [
     ("chinese", ["experiment=ernie-tiny", *SMALL, "objective=knowledge-chinese"]),
     ("zero3-pairs", ["experiment=bert-tiny", *SMALL, "engine=zero3", *PAIRS]),
     ("zero1-compiled", ["engine=zero1", "engine.compile=true", "evaluation.prompt=item"]),
+    ("epochs", ["experiment=bert-tiny", *SMALL, "sequence_length=512", "global_batch=16"]),
+    *[(f"zero{stage}-fp16", [f"engine=zero{stage}", "engine.precision=fp16", *SMALL]) for stage in range(4)],
 ]
 
 
@@ -51,20 +60,92 @@ def train_all(directories: list[Path]) -> None:
     from train.rundir import RunDir
     from train.stop import current
 
+    hurry()
     world = start_world()
     for directory in directories:
         rundir = RunDir(directory)
-        run = Run(rundir, load(rundir.config), world)
-        with current() as stop:
-            assert run.train(stop) is None
+        config = load(rundir.config)
+        with fp16_here(17, 1) if config.engine.precision == "fp16" else nullcontext():
+            run = Run(rundir, config, world)
+            with current() as stop:
+                assert run.train(stop) is None
+            run.close(failed=False)
+
+
+def hurry() -> None:
+    """Spare what takes most of the time in engines this small: DeepSpeed's garbage collections, which look at
+    all that was ever imported, and measuring the CPU's peak anew for each run."""
+    from train import hardware
+
+    gc.freeze()
+    hardware.peak_flops = cache(hardware.peak_flops)
+
+
+@contextmanager
+def fp16_here(scale_power: int, window: int) -> Iterator[None]:
+    """Has DeepSpeed train in fp16 on a CPU, which it refuses only because it takes CPUs for too slow.
+
+    All that is computed is real. The rate of large products, minutes of fp16 on a CPU, is not measured.
+    scale_power: the loss scale's first exponent; at 17, the first step of the models here overflows. window:
+    steps without overflow after which the scale is doubled.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    from train import deepspeed_config, hardware
+
+    derive = deepspeed_config.derive
+    scale = {"initial_scale_power": scale_power, "loss_scale_window": window}
+
+    def derived(*arguments: Any) -> dict[str, Any]:
+        return derive(*arguments) | {"fp16": {"enabled": True, **scale}}
+
+    with (
+        mock.patch.object(get_accelerator(), "is_fp16_supported", lambda: True),
+        mock.patch.object(hardware, "peak_flops", lambda precision: None),
+        mock.patch.object(deepspeed_config, "derive", derived),
+    ):
+        yield
+
+
+class StopAfterAStep:
+    """In the place of a `Stop`: has a run end once it is a step further, or in the evaluation after that."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def training(self, grace: float, time_limit: float | None) -> None:
+        self.first = self.run.done
+
+    @property
+    def requested(self) -> str | None:
+        return "a test" if self.run.done > self.first else None
+
+
+def resume_all(broken: list[Path], often: Path) -> None:
+    """One rank of the runs that were broken off, and of one that goes on one step at a time."""
+    from train.config import load
+    from train.engine import start_world
+    from train.run import Run
+    from train.rundir import RunDir
+
+    train_all(broken)
+    reasons = []
+    for _ in range(7):
+        rundir = RunDir(often)
+        run = Run(rundir, load(rundir.config), start_world())
+        reasons.append(run.train(StopAfterAStep(run)))  # type: ignore[arg-type]
         run.close(failed=False)
+    assert reasons == ["a test"] * 6 + [None]  # the sixth in the last evaluation
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """By case: a run of 6 steps, and one that lost all after its checkpoint of step 3 and was begun again."""
     folder = tmp_path_factory.mktemp("runs")
-    whole = [begun(folder, name, 2, *more) for name, more in CASES]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.start.check_device", lambda config: None)  # which refuses fp16 on a CPU
+        whole = [begun(folder, name, 2, *more) for name, more in CASES]
+    often = begun(folder, "often", 2, *dict(CASES)["zero2-dropout"])
     run_ranks(train_all, 2, whole)
     broken = []
     for directory in whole:
@@ -72,8 +153,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
         shutil.copytree(directory, copy)
         remove_after(copy / "checkpoints", 3)
         broken.append(copy)
-    run_ranks(train_all, 2, broken)
-    return {name: pair for (name, _), *pair in zip(CASES, whole, broken, strict=True)}  # type: ignore[misc]
+    run_ranks(resume_all, 2, broken, often)
+    pairs: Any = {name: pair for (name, _), *pair in zip(CASES, whole, broken, strict=True)}
+    return pairs | {"often": (pairs["zero2-dropout"][0], often)}
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -94,7 +176,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, _ in CASES])
+@pytest.mark.parametrize("name", [*dict(CASES), "often"])
 def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Any, name: str) -> None:
     whole, broken = (path_of(directory / "checkpoints", 6) for directory in runs[name])
     first, second = load_file(whole / WEIGHTS), load_file(broken / WEIGHTS)
@@ -108,6 +190,46 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Any, name: str) -> 
         expected, got = tensors(whole / file), tensors(broken / file)
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[place], got[place]) for place in expected), file
+
+
+def scaler(path: Path) -> dict[str, Any]:
+    """The state of fp16's dynamic loss scale in a checkpoint, the same on all ranks."""
+    found = []
+    for file in path.glob("*.pt"):
+        content = torch.load(file, weights_only=False)
+        if "loss_scaler" in content.get("optimizer_state_dict", {}):
+            found.append(vars(content["optimizer_state_dict"]["loss_scaler"]))
+        elif content.get("optimizer"):  # without ZeRO
+            state = content["optimizer"].items()
+            found.append({key: value for key, value in state if isinstance(value, int | float)})
+    assert found and all(one == found[0] for one in found)
+    return found[0]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_the_loss_scale_goes_on_in_the_middle_of_its_window(runs: Any, stage: int) -> None:
+    """Steps overflow before and after the checkpoint, and between them the scale is raised."""
+    whole, broken = (directory / "checkpoints" for directory in runs[f"zero{stage}-fp16"])
+    assert scaler(path_of(whole, 6)) == scaler(path_of(broken, 6))
+    assert scaler(path_of(whole, 3)) != scaler(path_of(whole, 6))
+    records = read_metrics(runs[f"zero{stage}-fp16"][1] / "metrics.jsonl")
+    skipped = [r["skipped_steps"] for r in records if r["kind"] == "train"]
+    assert set(skipped[:3]) == set(skipped[3:]) == {0, 1}
+
+
+def test_a_run_is_resumed_in_a_later_epoch(runs: Any) -> None:
+    """Where other tokens are masked than in the epochs before."""
+    rundir = RunDir(runs["epochs"][0])
+    config = load(rundir.config)
+    samples = TokenStream(rundir.prepared(), "train").tokens // config.sequence_length
+    assert Order(samples, config.global_batch, config.seed).epochs(3).min() >= 2
+
+
+def test_it_is_all_the_same_when_a_checkpoint_is_written(runs: Any) -> None:
+    while_training, at_once = (runs[name][0] / "checkpoints" for name in ("zero2-bf16", "synchronous"))
+    for step in (3, 6):
+        first, second = (path_of(folder, step) / MANIFEST for folder in (while_training, at_once))
+        assert first.read_text() == second.read_text()
 
 
 @pytest.mark.parametrize("name", ["zero2-bf16", "bert-tiny", "t5-tiny", "llama-tiny"])
@@ -139,7 +261,7 @@ def test_a_run_starts_from_the_weights_of_another(runs: Any, tmp_path: Path) -> 
     assert after["loss"] < evaluated[0]["loss"] - 0.1  # which is that of the source after 3 of its 6 steps
 
 
-@pytest.mark.parametrize("name", [name for name, _ in CASES])
+@pytest.mark.parametrize("name", [*dict(CASES), "often"])
 def test_the_metrics_of_a_resumed_run_have_no_seam(runs: Any, name: str) -> None:
     whole, broken = (read_metrics(directory / "metrics.jsonl") for directory in runs[name])
     for kind, key in (
@@ -151,7 +273,8 @@ def test_the_metrics_of_a_resumed_run_have_no_seam(runs: Any, name: str) -> None
         expected = [(r["step"], r[key]) for r in whole if r["kind"] == kind]
         assert expected == [(r["step"], r[key]) for r in broken if r["kind"] == kind]
     assert [r["step"] for r in whole if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert [r["event"] for r in broken if r["kind"] == "event"] == ["start", "resume", "finish"]
+    breaks = ["interrupt", "resume"] * 6 if name == "often" else ["resume"]
+    assert [r["event"] for r in broken if r["kind"] == "event"] == ["start", *breaks, "finish"]
     times = [r["elapsed_s"] for r in broken]
     assert times == sorted(times)
 

@@ -83,4 +83,5 @@ def test_what_is_wrong_is_found(unbroken: Reference, harm: Callable[[Run], None]
     harm(run)
     told = differences(run, unbroken.run)
     shutil.rmtree(run.directory)
-    assert len(told) == len(found) and all(a in b for a, b in zip(found, told, strict=True)), told
+    assert bool(told) == bool(found), told
+    assert all(any(part in line for line in told) for part in found), told

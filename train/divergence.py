@@ -30,8 +30,7 @@ class Event:
 
     name: "nonfinite" or "spike". action: "stop", "skip" (do not apply the update), "rollback" (to
     `rollback_target`) or "report" (go on). score: robust standard deviations above the median; None where it
-    is not finite. message: one line, without what is done about it; it counts
-    steps from 1, as the log does.
+    is not finite. message: one line, without what is done about it.
     """
 
     name: str
@@ -69,7 +68,7 @@ class Monitor:
         """
         numbers = loss, gradient_norm
         if not all(map(math.isfinite, numbers)):
-            message = f"the loss at step {step + 1} is {loss:.4g}, the gradient norm {gradient_norm:.4g}"
+            message = f"the loss at step {step} is {loss:.4g}, the gradient norm {gradient_norm:.4g}"
             return self._decide(step, Event("nonfinite", self._config.nonfinite, *numbers, None, message))
         middle, score = self._score(loss)
         if score is None or score <= self._config.threshold:
@@ -77,7 +76,7 @@ class Monitor:
             self._losses.append(loss)
             return None
         message = (
-            f"the loss {loss:.4g} at step {step + 1} is {score:,.1f} robust standard deviations above the"
+            f"the loss {loss:.4g} at step {step} is {score:,.1f} robust standard deviations above the"
             f" median {middle:.4g} of the {len(self._losses)} losses before"
         )
         if self._config.spike != "report":

@@ -47,9 +47,7 @@ def test_a_planted_spike_is_found_and_nothing_else(at: int) -> None:
         ((step, event),) = judged(Monitor(DivergenceConfig(spike="skip")), losses)
         assert (step, event.name, event.action, event.loss) == (at, "spike", "skip", losses[at])
         assert event.score == pytest.approx(25, rel=1e-6)
-        assert event.message.startswith(
-            f"the loss {losses[at]:.4g} at step {at + 1} is 25.0 robust standard dev"
-        )
+        assert event.message.startswith(f"the loss {losses[at]:.4g} at step {at} is 25.0 robust standard dev")
         assert f"the median {middle:.4g} of the {len(before)} losses before" in event.message
 
 
@@ -66,7 +64,7 @@ def test_what_is_not_finite_is_found_at_once(action: str, loss: float, norm: flo
     before = monitor.state()
     event = monitor.judge(0, loss, norm)
     assert event and (event.name, event.action, event.score) == ("nonfinite", action, None)
-    assert event.message == f"the loss at step 1 is {loss:.4g}, the gradient norm {norm:.4g}"
+    assert event.message == f"the loss at step 0 is {loss:.4g}, the gradient norm {norm:.4g}"
     assert monitor.state()["losses"] == before["losses"] == []
 
 

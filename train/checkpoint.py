@@ -261,12 +261,20 @@ class Saver:
         if error is not None:
             _clear(aside)
             return error
-        # It is there and will be found. What follows needs room on a disk that may be full: first make some.
+        # It is there and will be found. On a full disk the pointer waits for the room that old ones leave.
+        moved = self._point_to(target.name)
         with suppress(OSError):
             self._drop_old(step)
-        with suppress(OSError):
-            write(self.directory / LATEST, target.name + "\n")
+        if not moved:
+            self._writer.submit(self._point_to, target.name)
         return None
+
+    def _point_to(self, name: str) -> bool:
+        try:
+            write(self.directory / LATEST, name + "\n")
+        except OSError:
+            return False
+        return True
 
     def _drop_old(self, newest: int) -> None:
         """Unname what is not kept, and remove it in the writer, before what that writes next.

@@ -29,8 +29,8 @@ class Event:
     """What is wrong with a step and what to do about it.
 
     name: "nonfinite" or "spike". action: "stop", "skip" (do not apply the update), "rollback" (to
-    `rollback_target`) or "report" (go on). score: robust standard deviations above the median; None where it
-    is not finite. message: one line, without what is done about it.
+    one of `rollback_targets`) or "report" (go on). score: robust standard deviations above the median; None
+    where it is not finite. message: one line, without what is done about it.
     """
 
     name: str
@@ -139,17 +139,17 @@ def position(step: int, passed_over: Sequence[int]) -> int:
     return step
 
 
-def rollback_target(steps: Sequence[int], step: int, pass_over: int) -> int | None:
-    """The checkpoint to go back to from `step`: the newest from before the batches that are passed over.
+def rollback_targets(steps: Sequence[int], step: int, pass_over: int) -> list[int]:
+    """The checkpoints to go back to from `step`, the best first.
 
-    Where all are later, the oldest: fewer batches are passed over then. None where `step` has none before it.
+    Those from before the batches that are passed over, the newest first; then the later ones, the oldest
+    first: fewer batches are passed over then.
 
     Args:
         steps: of the checkpoints, oldest first; checkpoint n has trained on steps 0 to n - 1.
     """
-    past = [checkpoint for checkpoint in steps if checkpoint <= step]
-    before = [checkpoint for checkpoint in past if checkpoint <= step - pass_over + 1]
-    return before[-1] if before else past[0] if past else None
+    before = [checkpoint for checkpoint in steps if checkpoint <= step - pass_over + 1]
+    return [*reversed(before), *(later for later in steps[len(before) :] if later <= step)]
 
 
 def offending(step: int, target: int, pass_over: int, passed_over: Sequence[int]) -> list[int]:

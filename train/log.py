@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, cast
@@ -85,9 +85,10 @@ class Log:
         """Whether a record of this kind was written for this step, by this process or an earlier one."""
         return self._records.has(kind, step)
 
-    def has_event(self, name: str) -> bool:
-        """Whether an event of this name was written."""
-        return any(record.get("event") == name for record in self._records.read())
+    def has_event(self, name: str, step: int | None = None) -> bool:
+        """Whether an event of this name was written (at this step)."""
+        found = [record["step"] for record in self._records.read() if record.get("event") == name]
+        return bool(found) if step is None else step in found
 
     def sync(self) -> None:
         """Have the records on the disk: a checkpoint was completed, and nothing before it is done again."""
@@ -145,7 +146,8 @@ class Log:
 class Window:
     """The steps between two readings of a Meter: this rank's seconds and loss, the global batch's tokens.
 
-    skipped: steps that changed nothing because fp16 overflowed. metrics: this rank's other sums.
+    skipped: steps whose update was not made: fp16 overflowed, or the loss was refused. metrics: this rank's
+    other sums.
     """
 
     seconds: float
@@ -162,10 +164,33 @@ class Meter:
     """Adds up steps and times them, leaving out what happens while it is paused."""
 
     _loss_sum: Tensor | float
+    _metrics: dict[str, Tensor | float]
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._reset()
+
+    def start(self) -> None:
+        """Time from now on."""
+        self._start, self._waited_s = time.perf_counter(), self._loader.waited_s
+
+    def state(self, total: Callable[..., list[float]]) -> dict[str, Any]:
+        """What a checkpoint keeps of the steps since the last reading (JSON), the same on all ranks.
+
+        total: each of its arguments summed over the ranks.
+        """
+        names = sorted(self._metrics)
+        loss_sum, *sums = total(self._loss_sum, *(self._metrics[name] for name in names))
+        metrics = dict(zip(names, sums, strict=True))
+        return {"count": self._count, "skipped": self._skipped, "loss_sum": loss_sum, "metrics": metrics}
+
+    def load_state(self, state: dict[str, Any], rank: int) -> None:
+        """Begin with what `state` kept; rank 0 has the sums of all. Its seconds and tokens are gone."""
+        self._reset()
+        self._count, self._skipped = state["count"], state["skipped"]
+        mine = 1.0 if rank == 0 else 0.0
+        self._loss_sum = mine * state["loss_sum"]
+        self._metrics = {name: mine * value for name, value in state["metrics"].items()}
 
     def add(self, step: Step, tokens: int) -> None:
         """One more step, over `tokens` tokens."""
@@ -191,15 +216,16 @@ class Meter:
         share = waited / seconds
         loss_sum = torch.as_tensor(self._loss_sum)
         counts = (self._steps, self._tokens, self._count)
-        window = Window(seconds, share, *counts, loss_sum, self._skipped, self._metrics)
+        metrics = {name: torch.as_tensor(value) for name, value in self._metrics.items()}
+        window = Window(seconds, share, *counts, loss_sum, self._skipped, metrics)
         self._reset()
         return window
 
     def _reset(self) -> None:
-        self._start, self._waited_s = time.perf_counter(), self._loader.waited_s
+        self.start()
         self._steps = self._tokens = self._count = self._skipped = 0
         self._loss_sum = 0.0
-        self._metrics: dict[str, Tensor] = {}
+        self._metrics = {}
 
 
 class _Terminal:

@@ -202,6 +202,13 @@ def end_with(main: Callable[[], None]) -> NoReturn:
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
+def end_torchrun() -> None:
+    """Where torchrun started this rank, have it end too: it would start ranks anew that are to stay ended."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ["LOCAL_RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
 @contextmanager
 def lost_in_one_line() -> Iterator[None]:
     """A block in which an error that is only another rank's end becomes a SystemExit of one line."""

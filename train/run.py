@@ -27,7 +27,7 @@ from data.tokenizer import load_tokenizer
 from model.flops import count
 from train import checkpoint, deepspeed_config, hardware
 from train.config import RunConfig, load, micro_batch, total_steps
-from train.divergence import Event, Monitor, offending, position, rollback_target
+from train.divergence import Event, Monitor, offending, position, rollback_targets
 from train.elastic import redistribute
 from train.engine import Engine, World, start_world, stop_world
 from train.eval.evaluate import evaluate, unigram_loss
@@ -36,10 +36,10 @@ from train.log import Log, Meter
 from train.objective.base import AUXILIARY
 from train.optim.groups import decay_groups
 from train.pretrained import load_pretrained
-from train.ranks import end_with, lost_in_one_line
+from train.ranks import end_torchrun, end_with, lost_in_one_line, say
 from train.rundir import RunDir, environment
 from train.start import build_model
-from train.watchdog import Watchdog
+from train.watchdog import RESTORE, Watchdog
 
 UNIGRAM_TOKENS = 2**20  # of training text that the unigram model counts
 
@@ -48,8 +48,8 @@ class Interrupted(Exception):
     """All ranks are to stop here."""
 
 
-class Diverged(Exception):
-    """The run stops by its policy for divergence, or has nothing to go on from. One line."""
+class Halted(Exception):
+    """The run cannot go on, or by its policy is not to. One line; raised on all ranks at once."""
 
 
 class Run:
@@ -92,6 +92,7 @@ class Run:
         peak = hardware.peak_flops(config.engine.precision)
         self.peak_flops = None if peak is None else world.sum(peak)[0]
         self.tokens_per_step = config.global_batch * config.sequence_length
+        self.meter = Meter(self.loader)
         self.log: Log | None = None  # rank 0 opens it when training starts
         self.passed_over: list[int] = []  # positions in the order of the data that are left out, sorted
         self.monitor = Monitor(config.divergence)
@@ -103,14 +104,14 @@ class Run:
         Returns what interrupted it, then saved and to be continued; None where it has finished.
 
         Raises:
-            Diverged: it stops by its policy.
+            Halted: it stops by its policy, or where it is cannot be saved.
         """
         self.stop = stop
         first, notes = self._restore()
-        self.done = self.saved = first  # steps: made, and in the newest checkpoint
+        self.done = self.saved = self.saver.begun = first  # steps: made, and in the newest checkpoint
         stop.training(self.config.stop.grace, self.config.stop.time_limit)
         self._open_log(first, notes)
-        self.meter = Meter(self.loader)
+        self.meter.start()
         try:
             if first and self._evaluation_due():  # the run had ended before it was made
                 self._evaluate()
@@ -120,9 +121,12 @@ class Run:
                 self._look_around()
         except Interrupted:
             reason = next(filter(None, self.world.gather(stop.requested)))
-            self._save_now()
+            told = self._save_now()
             self._event(self.done, "interrupt", f"{reason} at step {self.done}", reason=reason)
-            self._say(f"{reason}: saved at step {self.saved}; the same command goes on from there")
+            if self.saved != self.done:
+                raise Halted(f"{reason}: {told}") from None
+            stop.saved()
+            self._say(f"{reason}: {told}; the same command goes on from there")
             return reason
         self._finish()
         return None
@@ -170,12 +174,12 @@ class Run:
         """Do what the policy says; returns whether the run was rolled back.
 
         Raises:
-            Diverged: to stop, or there is nothing to go back to.
+            Halted: to stop, or there is nothing to go back to.
         """
         told = {k: v for k, v in dataclasses.asdict(event).items() if k not in ("name", "message")}
         if event.action in ("report", "skip"):
             message = f"{event.message}; its update is {'skipped' if event.action == 'skip' else 'made'}"
-            self._event(step, event.name, message, **told)
+            self._event(step + 1, event.name, message, **told)  # a checkpoint of `step` is from before it
             self._say(message)
             return False
         if event.action == "rollback":
@@ -188,9 +192,9 @@ class Run:
                 return True
             event = dataclasses.replace(event, message=f"{event.message}; {left_out}")
             told["action"] = "stop"
-        self._save_now()
+        saved = self._save_now()
         self._event(step, event.name, event.message, **told)
-        raise Diverged(f"{event.message}; stopped before its update, saved at step {step}")
+        raise Halted(f"{event.message}; stopped before its update, {saved}")
 
     def _roll_back(self, step: int) -> list[int] | str:
         """Bring the run back to before the batches that led to `step`, which are passed over from now on.
@@ -199,37 +203,38 @@ class Run:
         that a kill in between leaves a run that comes to `step` again and does the same.
         """
         self._settle()
-        back: int | str = ""
-        if self.world.rank == 0:
-            back = self._way_back(step)
-        back = self.world.broadcast(back)
-        if isinstance(back, str):
-            return back
-        left_out = offending(step, back, self.config.divergence.pass_over, self.passed_over)
-        self.passed_over = sorted({*self.passed_over, *left_out})
+        self.watchdog.mark(step, RESTORE)
         self.monitor.rolled_back(step)
-        if self.world.rank == 0:
-            self.rundir.write_passed_over(self.passed_over, self.monitor.rollbacks)
-        self.world.barrier()
+        back, left_out, problem = self.world.broadcast(self._way_back(step) if self.world.rank == 0 else None)
+        self.saved = back
+        if problem:
+            return problem
+        self.passed_over = sorted({*self.passed_over, *left_out})
         self._load(back)
-        self.done = self.saved = back
-        self.meter.read()
+        self.done = back
         if self.log:
             self.log.rewind(back)
         return left_out
 
-    def _way_back(self, step: int) -> int | str:
-        """On rank 0: the checkpoint to go back to, with none after it any more; or why there is none."""
-        directory = self.rundir.checkpoints
-        target = rollback_target(checkpoint.steps(directory), step, self.config.divergence.pass_over)
-        try:
-            found = None if target is None else checkpoint.newest_good(directory, self._say, before=target)
-            if found is None:
-                return "there is no checkpoint before it to roll back to"
-            checkpoint.remove_after(directory, found)
-        except (ValueError, OSError) as error:
-            return f"it cannot be rolled back: {error}"
-        return found
+    def _way_back(self, step: int) -> tuple[int, list[int], str | None]:
+        """On rank 0: the newest checkpoint that is then left, to go back to; the positions to pass over from
+        there, written down; and why it cannot be."""
+        directory, pass_over = self.rundir.checkpoints, self.config.divergence.pass_over
+        left_out: list[int] = []
+        problem: str | None = "there is no checkpoint before it to roll back to"
+        for target in rollback_targets(checkpoint.steps(directory), step, pass_over):
+            path = checkpoint.path_of(directory, target)
+            if damage := checkpoint.damage(path):
+                self._say(f"{path}: {damage}; passed over")
+                continue
+            left_out, problem = offending(step, target, pass_over, self.passed_over), None
+            try:
+                checkpoint.remove_after(directory, target)
+                self.rundir.write_passed_over(sorted({*self.passed_over, *left_out}), self.monitor.rollbacks)
+            except OSError as error:
+                problem = f"it cannot be rolled back: {error}"
+            break
+        return max(checkpoint.steps(directory), default=0), left_out, problem
 
     def _state(self, done: int) -> dict[str, Any]:
         """What a checkpoint keeps of the loop."""
@@ -238,20 +243,24 @@ class Run:
             "layout": self.layout,
             "passed_over": self.passed_over,
             "monitor": self.monitor.state(),
+            "meter": self.meter.state(self.world.sum),
         }
 
     def _restore(self) -> tuple[int, list[str]]:
         """Bring the engine to the newest whole checkpoint: its step, 0 without one, and what to tell."""
         notes: list[str] = []
         found: int | str | None = None
+        history: tuple[list[int], list[int]] = [], []
+        self.watchdog.mark(0, RESTORE)
         if self.world.rank == 0:
             try:
+                history = self.rundir.passed_over()
                 found = checkpoint.newest_good(self.rundir.checkpoints, notes.append)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 found = str(error)
-        found, notes, history = self.world.broadcast((found, notes, self.rundir.passed_over()))
+        found, notes, history = self.world.broadcast((found, notes, history))
         if isinstance(found, str):
-            raise Diverged(found)
+            raise Halted(found)
         self.passed_over, rollbacks = history
         self.monitor = Monitor(self.config.divergence, rollbacks)
         return (0 if found is None else self._load(found)), notes
@@ -265,8 +274,11 @@ class Run:
             redistribute(self.engine, path, state["layout"]["zero_stage"])
         self.loaded_layout = state["layout"]
         self.passed_over = sorted({*self.passed_over, *state["passed_over"]})
-        if not self._begins_on_other_text(step):
+        if self._begins_on_other_text(step):
+            self.monitor = Monitor(self.config.divergence, self.monitor.rollbacks)
+        else:
             self.monitor.load_state(state["monitor"])
+        self.meter.load_state(state["meter"], self.world.rank)
         return state["step"]
 
     def _begins_on_other_text(self, step: int) -> bool:
@@ -284,12 +296,16 @@ class Run:
         self._settle()  # where the one before is still under way
         self.saver.save(self.done, self._state(self.done))
 
-    def _save_now(self) -> None:
-        """Have a checkpoint of where the run is, before anything else."""
+    def _save_now(self) -> str:
+        """Have a checkpoint of where the run is, before anything else; returns whether there is one."""
         self._settle()
         if self.saved != self.done:
             self._begin_save()
             self._settle()
+        if self.saved == self.done:
+            return f"saved at step {self.done}" if self.done else "before the first step: nothing to save"
+        last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint"
+        return f"step {self.done} could not be saved, {last}; make room, and the same command goes on"
 
     def _settle(self) -> None:
         """Wait for the save under way, if there is one, and end it."""
@@ -355,7 +371,7 @@ class Run:
             message = f"forked from {lineage['parent']} at step {first}: changed {changed}"
             self._event(first, "fork", message, **lineage)
             self.log.say(message)
-        elif first < self.total_steps or not self.log.has_event("finish"):
+        elif first < self.total_steps or not self.log.has_event("finish", first):
             event = "resume" if first else "start"
             self._event(first, event, f"{event} at step {first} of {self.total_steps}, commit {commit}")
             if first:
@@ -463,17 +479,12 @@ class Run:
             return "".join(drawn)
 
     def _finish(self) -> None:
-        self._settle()
-        if self.saved < self.done:
-            self._save_now()  # once more, where the last one failed
-        if self.saved < self.done:
-            raise Diverged(
-                f"step {self.done} could not be saved, the last checkpoint is of step {self.saved}; make"
-                " room, and the same command goes on"
-            )
+        told = self._save_now()  # once more, where the last one failed
+        if self.saved != self.done:
+            raise Halted(told)
         if not self.log:
             return
-        if self.done == self.total_steps and not self.log.has_event("finish"):
+        if self.done == self.total_steps and not self.log.has_event("finish", self.done):
             self._event(self.done, "finish", f"finished {self.done} steps")
         self.log.summary()
 
@@ -514,7 +525,7 @@ def run(rundir: RunDir) -> None:
     """One rank of the run that `train.start.begin` froze in rank 0's directory, and locked.
 
     Raises:
-        SystemExit: with REQUEUE, where it was interrupted and saved; with 1, where it stopped by its policy.
+        SystemExit: with REQUEUE, where it was interrupted and saved; with 1, where it is not to go on.
     """
     with current() as stop, lost_in_one_line():
         world = start_world()
@@ -523,10 +534,14 @@ def run(rundir: RunDir) -> None:
             rundir = rundir if world.rank == 0 else RunDir(path)
             with _closing(Run(rundir, load(rundir.config), world)) as rank:
                 interrupted = rank.train(stop)
-        except Diverged as error:
+        except Halted as error:
             if world.rank == 0:
-                print(f"error: {error}", file=sys.stderr)
+                say(f"error: {error}")
+            world.barrier()  # rank 0 is not to be cut off by the others' end
+            end_torchrun()
             sys.exit(1)
+        except OSError as error:
+            sys.exit(f"error: rank {world.rank}: {error}")
         except ValueError as error:
             # What a person can get wrong was checked before: from here on it is a bug, and keeps its trace.
             raise RuntimeError(f"rank {world.rank} failed") from error
@@ -534,6 +549,8 @@ def run(rundir: RunDir) -> None:
             rundir.unlock()
             stop_world()
     if interrupted:
+        if interrupted not in ("SIGTERM", "SIGINT"):  # which a launcher has got as well
+            end_torchrun()
         sys.exit(REQUEUE)
 
 

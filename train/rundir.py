@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from data.shards import MANIFEST, read_manifest
 from train.config import RunConfig, changed, load, to_container
@@ -148,7 +148,7 @@ class RunDir:
                 )
         write(self.data, content)
         # Last, because a run is one that has a config.
-        write(self.config, yaml.safe_dump(to_container(config), sort_keys=False, allow_unicode=True))
+        write(self.config, OmegaConf.to_yaml(OmegaConf.create(to_container(config))))
 
     def prepared(self) -> Path:
         """The folder of the run's prepared data."""

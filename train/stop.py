@@ -71,6 +71,11 @@ class Stop:
         self._time_limit = float("inf") if time_limit is None else time_limit * 60
         self._phase = "training"
 
+    def saved(self) -> None:
+        """All is saved: what is still to end after the grace is not worth a warning."""
+        if self._end is not None:
+            self._end = self._end[0], "saved; what was left to do took longer than the grace", REQUEUE
+
     @contextmanager
     def unwinding(self) -> Iterator[None]:
         """A block of the start that a signal unwinds before the process ends: what is half made goes."""

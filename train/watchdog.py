@@ -39,9 +39,8 @@ LINGER = 0.5  # seconds from the report to the end of all ranks at once: with on
 POLL = 0.1  # seconds between two questions to the store
 MENTIONED = 4  # processes of ranks that are at the same place
 LAST = 3  # of the innermost frames, one in a collective says that a rank waits for the others
+RESTORE = "restore"  # the phase of a rank that reads a checkpoint, of any size and from any disk
 ALARM, CLAIM, DONE = "alarm", "claim", "done"
-
-_numbers = itertools.count()
 
 
 def to_stderr(text: str) -> None:
@@ -88,7 +87,8 @@ class Watchdog:
         self._tick = min(timeout / 10, 5.0)
         self._ticks = 0
         self._seen: dict[int, tuple[int, float]] = {}
-        self._board = _Board() if world.size > 1 else None
+        # Several starts of a rank's processes share a store, and each node counts its own.
+        self._board = _Board(world.broadcast(f"{time.time_ns()}")) if world.size > 1 else None
         self._process = f"pid {os.getpid()} on {platform.node()}"
         self._closed = threading.Event()
         self._mark = (0, 0, "start", self._now())
@@ -96,7 +96,10 @@ class Watchdog:
         self._thread.start()
 
     def mark(self, step: int, phase: str) -> None:
-        """Say what the main thread comes to; costs less than a microsecond."""
+        """Say what the main thread comes to, all ranks the same; costs less than a microsecond.
+
+        phase: RESTORE lasts as long as it takes.
+        """
         self._mark = (self._mark[0] + 1, step, phase, time.monotonic() - self._lost)
 
     def close(self) -> None:
@@ -134,12 +137,12 @@ class Watchdog:
         """Whether some rank does; tells the others the state of this one."""
         own = self._state()
         if self._board is None:
-            return own.age > self.timeout
+            return own.age > self.timeout and own.phase != RESTORE
         try:
             self._board.tell(own)
             if self._board.has(ALARM):
                 return True
-            if own.age < self.timeout / 2:
+            if own.age < self.timeout / 2 or own.phase == RESTORE:
                 return False
             states = self._board.read("state", range(self.size))
         except (RuntimeError, TimeoutError):
@@ -308,15 +311,14 @@ class _Board:
     Every method raises RuntimeError or TimeoutError where the store does not answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         from torch.distributed import PrefixStore, TCPStore
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(
             address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"watchdog/{restart}/{next(_numbers)}", store)
+        self._store = PrefixStore(f"watchdog/{name}", store)
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._last: Future[Any] = Future()
         self._last.set_result(None)

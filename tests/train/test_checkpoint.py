@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from model.gpt import GPT
 from tests.distributed import run_ranks
+from tests.killing import killed_at
 from tests.train.test_run import tensors
 from train import checkpoint
 from train.checkpoint import (
@@ -483,36 +484,6 @@ def test_a_file_in_the_place_of_the_directory(ranks: Ranks, tmp_path: Path) -> N
     assert save(own, 3).error is None
 
 
-DEADLY = ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
-
-
-def killed_at(call: int, own: Saver, number: int) -> bool:
-    """Save in a process that dies at its `call`-th call that changes what is on disk; whether it did."""
-    child = os.fork()
-    if child == 0:
-        left = [call]
-        lock = threading.Lock()
-
-        def deadly(function: Callable[..., Any]) -> Callable[..., Any]:
-            def counted(*arguments: Any, **keywords: Any) -> Any:
-                with lock:
-                    left[0] -= 1
-                    if left[0] == 0:
-                        os._exit(9)
-                return function(*arguments, **keywords)
-
-            return counted
-
-        for name in DEADLY:
-            setattr(os, name, deadly(getattr(os, name)))
-        try:
-            save(own, number)
-            own.close()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_kill_at_any_moment_of_a_save(ranks: Ranks, tmp_path: Path, damaged: bool) -> None:
     """damaged: the save takes the place of a damaged checkpoint of its step."""
@@ -525,7 +496,12 @@ def test_a_kill_at_any_moment_of_a_save(ranks: Ranks, tmp_path: Path, damaged: b
         deaths += 1
         directory = Path(shutil.copytree(first, tmp_path / str(deaths)))
         own = saver(ranks, directory, CheckpointConfig(keep=1))
-        survived = not killed_at(deaths, own, 6)
+
+        def work(own: Saver = own) -> None:
+            save(own, 6)
+            own.close()
+
+        survived = not killed_at(deaths, work)
         newest, lines = good(directory)
         assert newest in (3, 6), deaths
         assert len(lines) <= damaged

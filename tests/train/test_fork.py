@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import run_ranks
+from tests.killing import killed_at
 from tests.tiny import begun, config, corpus
 from tests.train.test_run import train_all
 from train import start
@@ -245,36 +246,6 @@ def test_an_ordinary_run_does_not_become_a_fork(runs: Path) -> None:
         fork(runs.parent, "junk")
 
 
-DEADLY = ("mkdir", "link", "fsync", "rename", "replace")
-
-
-def killed_at(call: int, directory: Path) -> bool:
-    """Take the checkpoint in a process that dies at its `call`-th change to the disk; whether it did."""
-    child = os.fork()
-    if child == 0:
-        left = [call]
-
-        def deadly(function: Callable[..., Any]) -> Callable[..., Any]:
-            def counted(*arguments: Any, **keywords: Any) -> Any:
-                left[0] -= 1
-                if left[0] == 0:
-                    os._exit(9)
-                return function(*arguments, **keywords)
-
-            return counted
-
-        for name in DEADLY:
-            setattr(os, name, deadly(getattr(os, name)))
-        try:
-            take(directory)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return code == 9
-
-
 def take(directory: Path) -> None:
     """What begins a fork whose config is frozen."""
     rundir, frozen = RunDir(directory), load(directory / "config.yaml")
@@ -291,7 +262,7 @@ def test_a_kill_at_any_moment_of_a_fork(runs: Path, monkeypatch: pytest.MonkeyPa
     while killed:
         deaths += 1
         directory = Path(shutil.copytree(frozen, runs / f"killed-{deaths}"))
-        killed, checkpoints = killed_at(deaths, directory), directory / "checkpoints"
+        killed, checkpoints = killed_at(deaths, partial(take, directory)), directory / "checkpoints"
         linked += bool(steps(checkpoints)) and not (directory / "fork.json").exists()
         take(directory)
         lineage = json.loads((directory / "fork.json").read_text())

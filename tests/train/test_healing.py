@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -27,11 +28,12 @@ from safetensors.torch import load_file
 from data.collate.causal import Causal as CausalCollate
 from data.packing import Sample
 from tests.distributed import run_ranks
-from tests.tiny import ROOT, begun, overrides
+from tests.tiny import ROOT, begun, overrides, write_checkpoint
 from tests.train.test_run import hurry, tensors
 from train.checkpoint import WEIGHTS, path_of, read_state, remove_after, steps
 from train.objective.causal import Causal
 from train.records import read_metrics
+from train.rundir import RunDir
 
 # What is wrong with the data: the loss of the last rank's part of some batches is multiplied.
 
@@ -136,7 +138,7 @@ def outcomes(directories: dict[Path, int | None]) -> dict[Path, str]:
     """
     from train.config import load
     from train.engine import start_world
-    from train.run import Diverged, Run
+    from train.run import Halted, Run
     from train.rundir import RunDir
     from train.stop import current
 
@@ -151,7 +153,7 @@ def outcomes(directories: dict[Path, int | None]) -> dict[Path, str]:
             try:
                 assert run.train(stop) is None
                 ends[directory] = "finished"
-            except Diverged as error:
+            except Halted as error:
                 ends[directory] = str(error)
         run.close(failed=False)
     return ends
@@ -258,7 +260,7 @@ def test_the_events_of_a_healed_run(folder: Path, stage: int) -> None:
     name = f"healed-{stage}"
     assert events(folder, name) == [
         (0, "start", None),
-        (5, "nonfinite", "skip"),
+        (6, "nonfinite", "skip"),
         (12, "spike", "rollback"),
         (18, "finish", None),
     ]
@@ -275,14 +277,14 @@ def test_the_other_way_round(folder: Path) -> None:
     assert events(folder, "other") == [
         (0, "start", None),
         (4, "nonfinite", "rollback"),
-        (14, "spike", "skip"),
+        (15, "spike", "skip"),
         (18, "finish", None),
     ]
 
 
 def test_a_spike_is_reported_and_its_update_made(folder: Path, ends: dict[str, str]) -> None:
     assert ends["reported"] == "finished"
-    assert events(folder, "reported")[1:-1] == [(14, "spike", "report")]
+    assert events(folder, "reported")[1:-1] == [(15, "spike", "report")]
     losses = [r["loss"] for r in records(folder, "reported", "train")]
     assert losses[14] > 100 and max(losses[15:]) < median(losses)
     assert records(folder, "reported", "train")[14]["skipped_steps"] == 0
@@ -335,6 +337,36 @@ def test_a_run_that_is_killed_in_or_after_a_rollback(folder: Path, ends: dict[st
     assert [r["step"] for r in records(folder, name, "train")] == list(range(1, 19))
     rolled_back = [event for event in events(folder, name) if event[1] == "spike"]
     assert rolled_back == ([(12, "spike", "rollback")] if name == "killed-within" else [])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "target", "left_out"),
+    [((), 8, [9, 10]), ((8,), 4, [9, 10]), ((8, 4), 10, [10]), ((8, 4, 10), 10, [])],
+)
+def test_the_way_back_goes_around_damage(
+    tmp_path: Path, damaged: tuple[int, ...], target: int, left_out: list[int]
+) -> None:
+    from train.run import Run
+
+    said: list[str] = []
+    rundir = RunDir(tmp_path)
+    for step in (4, 8, 10):
+        write_checkpoint(rundir.checkpoints, step, {"a": torch.zeros(1)})
+    for step in damaged:
+        (path_of(rundir.checkpoints, step) / WEIGHTS).unlink()
+    config = SimpleNamespace(divergence=SimpleNamespace(pass_over=2))
+    monitor = SimpleNamespace(rollbacks=[10])
+    run: Any = SimpleNamespace(
+        rundir=rundir, config=config, passed_over=[], monitor=monitor, _say=said.append
+    )
+    found, positions, problem = Run._way_back(run, 10)
+    assert (found, positions) == (target, left_out) and len(said) == len(damaged)
+    if len(damaged) == 3:
+        assert problem == "there is no checkpoint before it to roll back to"
+        assert steps(rundir.checkpoints) == [4, 8, 10] and rundir.passed_over() == ([], [])
+    else:
+        assert problem is None and steps(rundir.checkpoints)[-1] == target
+        assert rundir.passed_over() == (left_out, [10])
 
 
 # Processes: the command as a person types it.
@@ -429,6 +461,20 @@ def test_under_torchrun_a_killed_rank_comes_back(folder: Path) -> None:
     assert [event for _, event, _ in found] == ["start", "resume", "finish"]
     assert 12 <= found[1][0] < STEPS
     assert [r["step"] for r in records(folder, "killed", "train")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.usefixtures("hung")
+def test_a_time_limit_ends_torchrun_too(folder: Path) -> None:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    log, endless = folder / "torchrun-limited.txt", ["horizon.steps=1000000", "stop.time_limit=0.001"]
+    launcher = launch(["-m", *torchrun, "-m", "train", *lasting(folder, "torchrun-limited", *endless)], log)
+    try:
+        code, told = ended(launcher, log)
+    finally:
+        end_all(launcher)
+    assert code == 1, told
+    found = [event for _, event, _ in events(folder, "torchrun-limited")]
+    assert found == ["start", "interrupt"]
 
 
 @pytest.mark.usefixtures("hung")

@@ -251,6 +251,21 @@ def test_the_meter_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (window.seconds, window.tokens, float(window.loss_sum)) == (3.0, 32, 1.0)
 
 
+def test_the_meter_goes_on_with_the_sums_of_all_ranks() -> None:
+    loader: Any = SimpleNamespace(waited_s=0.0)
+    first, second = Meter(loader), Meter(loader)
+    first.add(Step(torch.tensor(2.0), 30, 1.0, skipped=True, metrics={"masked": torch.tensor(7)}), tokens=32)
+    state = json.loads(json.dumps(first.state(lambda *values: [2.0 * float(value) for value in values])))
+    windows = []
+    for rank in (0, 1):
+        second.load_state(state, rank)
+        second.add(Step(torch.tensor(1.0), 30, 1.0, False, metrics={"masked": torch.tensor(1)}), tokens=32)
+        windows.append(second.read())
+    assert [(w.steps, w.tokens, w.count, w.skipped) for w in windows] == [(1, 32, 60, 1)] * 2
+    assert [float(w.loss_sum) for w in windows] == [5.0, 1.0]
+    assert [w.metrics for w in windows] == [{"masked": 15}, {"masked": 1}]
+
+
 @pytest.fixture
 def without_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):

@@ -32,7 +32,9 @@ from train.start import build_model
 
 SMALL = ["model.layers=1", "model.width=32", "model.heads=2"]
 PAIRS = ["objective=masked-next-sentence", "model.pair_head=true", "model.dropout=0.1"]
+
 CASES = [
+    ("windowed", ["log.every=4"]),  # and so broken off in the middle of what it logs
     ("synchronous", ["engine=zero2", "checkpoint.asynchronous=false"]),  # besides, it is zero2-bf16
     *[(f"zero{stage}-bf16", [f"engine=zero{stage}"]) for stage in range(4)],
     ("zero2-fp32-accumulated", ["engine.precision=fp32", "micro_batch=2"]),
@@ -116,16 +118,19 @@ class StopAfterAStep:
     def training(self, grace: float, time_limit: float | None) -> None:
         self.first = self.run.done
 
+    def saved(self) -> None: ...
+
     @property
     def requested(self) -> str | None:
         return "a test" if self.run.done > self.first else None
 
 
-def resume_all(broken: list[Path], often: Path) -> None:
-    """One rank of the runs that were broken off, and of one that goes on one step at a time."""
+def resume_all(broken: list[Path], often: Path, unsaved: Path) -> None:
+    """One rank of the broken-off runs, of one that goes on one step at a time, and of one that cannot
+    save."""
     from train.config import load
     from train.engine import start_world
-    from train.run import Run
+    from train.run import Halted, Run
     from train.rundir import RunDir
 
     train_all(broken)
@@ -136,6 +141,10 @@ def resume_all(broken: list[Path], often: Path) -> None:
         reasons.append(run.train(StopAfterAStep(run)))  # type: ignore[arg-type]
         run.close(failed=False)
     assert reasons == ["a test"] * 6 + [None]  # the sixth in the last evaluation
+    run = Run(RunDir(unsaved), load(RunDir(unsaved).config), start_world())
+    with pytest.raises(Halted, match="^a test: step 1 could not be saved, there is no checkpoint; make room"):
+        run.train(StopAfterAStep(run))  # type: ignore[arg-type]
+    run.close(failed=True)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +162,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
         shutil.copytree(directory, copy)
         remove_after(copy / "checkpoints", 3)
         broken.append(copy)
-    run_ranks(resume_all, 2, broken, often)
+    unsaved = begun(folder, "unsaved", 2)
+    (unsaved / "checkpoints").touch()
+    run_ranks(resume_all, 2, broken, often, unsaved)
     pairs: Any = {name: pair for (name, _), *pair in zip(CASES, whole, broken, strict=True)}
     return pairs | {"often": (pairs["zero2-dropout"][0], often)}
 
@@ -261,7 +272,21 @@ def test_a_run_starts_from_the_weights_of_another(runs: Any, tmp_path: Path) -> 
     assert after["loss"] < evaluated[0]["loss"] - 0.1  # which is that of the source after 3 of its 6 steps
 
 
-@pytest.mark.parametrize("name", [*dict(CASES), "often"])
+def test_a_broken_off_window_of_the_log_goes_on(runs: Any) -> None:
+    whole, broken = (
+        [r for r in read_metrics(directory / "metrics.jsonl") if r["kind"] == "train"]
+        for directory in runs["windowed"]
+    )
+    single = [
+        r["loss"] for r in read_metrics(runs["zero2-bf16"][0] / "metrics.jsonl") if r["kind"] == "train"
+    ]
+    assert [r["step"] for r in whole] == [r["step"] for r in broken] == [4, 6]
+    for one, other, losses in zip(whole, broken, (single[:4], single[4:]), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*(name for name, _ in CASES if name != "windowed"), "often"])
 def test_the_metrics_of_a_resumed_run_have_no_seam(runs: Any, name: str) -> None:
     whole, broken = (read_metrics(directory / "metrics.jsonl") for directory in runs[name])
     for kind, key in (

@@ -40,6 +40,19 @@ def wait():
     dist.all_reduce(torch.ones(1))
 
 
+def broadcast(value):
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def restoring(dog, rank):
+    """Rank 0 reads a checkpoint for longer than the time-out."""
+    dog.mark(0, watchdog.RESTORE)
+    time.sleep(4.0 if rank == 0 else 0.0)
+    wait()
+
+
 def get_lost():
     time.sleep(60)
 
@@ -94,6 +107,7 @@ WORLDS = {
     "healthy": healthy,
     "suspended": suspended,
     "slow": slow_start,
+    "restoring": restoring,
     "alone": lambda dog, rank: in_a_step(dog, get_lost),
 }
 
@@ -108,7 +122,7 @@ def be_rank(name, rank, size, port):
     wait()  # once, for all connections to be made
     (folder / name).mkdir(exist_ok=True)
     timeout = LONG if name in ("healthy", "suspended", "slow") else TIMEOUT
-    dog = Watchdog(SimpleNamespace(rank=rank, size=size), timeout, folder / name)
+    dog = Watchdog(SimpleNamespace(rank=rank, size=size, broadcast=broadcast), timeout, folder / name)
     WORLDS[name](dog, rank)
     dog.close()
     assert not dog._thread.is_alive()

@@ -15,7 +15,7 @@ import torch
 from tests.distributed import run_ranks
 from tests.tiny import begun
 from tests.train.test_engine import VOCABULARY, make_batches, make_config
-from tests.train.test_run import fp16_here, hurry
+from tests.train.test_run import StopAfterAStep, fp16_here, hurry
 from train.checkpoint import path_of, read_state
 from train.records import read_metrics
 
@@ -186,13 +186,12 @@ CHAINS: dict[str, tuple[list[str], list[list[str]], list[int]]] = {
 }
 
 
-class StopAt:
-    """In the place of a `Stop`: has a run end at a step."""
+class StopAt(StopAfterAStep):
+    """Has a run end at a step."""
 
     def __init__(self, run: Any, step: int) -> None:
-        self.run, self.step = run, step
-
-    def training(self, grace: float, time_limit: float | None) -> None: ...
+        super().__init__(run)
+        self.step = step
 
     @property
     def requested(self) -> str | None:

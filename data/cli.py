@@ -115,9 +115,11 @@ def _check(node: Mapping[Any, Any], key: str, extra: set[str]) -> None:
             raise ValueError(f"{key}.{name}: unknown key; {node['_target_']} knows {known}")
         if value == MISSING:
             raise ValueError(f"{key}.{name}: must be set, for example {key}.{name}=... on the command line")
-        if isinstance(value, Mapping) and "_target_" in value:
-            _check(value, f"{key}.{name}", set())
-        elif not _fits(value, hints.get(name, Any)):
+        if isinstance(value, Mapping):
+            _check_within({name: value}, key)
+        if not (isinstance(value, Mapping) and "_target_" in value) and not _fits(
+            value, hints.get(name, Any)
+        ):
             raise ValueError(f"{key}.{name}: {value!r} is not {_spelled(hints[name])}")
     if node.get("_partial_"):
         return
@@ -128,6 +130,15 @@ def _check(node: Mapping[Any, Any], key: str, extra: set[str]) -> None:
         )
         if not optional and name not in node and name not in extra and "_args_" not in node:
             raise ValueError(f"{key}.{name}: missing; {node['_target_']} needs it")
+
+
+def _check_within(node: Mapping[Any, Any], key: str) -> None:
+    """`_check` of every `_target_` node inside of a plain mapping."""
+    for name, value in node.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            _check(value, f"{key}.{name}", set())
+        elif isinstance(value, Mapping):
+            _check_within(value, f"{key}.{name}")
 
 
 def _locate(path: Any, key: str) -> Callable[..., Any]:
@@ -157,6 +168,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(
             not items or any(_fits(item, argument) for argument in items) for item in value
         )
+    if origin is dict or hint is dict:
+        return isinstance(value, Mapping)
     if hint in (None, type(None)):
         return value is None
     if hint is float:

@@ -1,9 +1,11 @@
-"""Documents to tokens on disk, with all cores and flat memory."""
+"""Documents to tokens on disk, with all cores and flat memory; a killed process is gone on from."""
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,8 @@ from data.split import Split
 from data.tokenizer import END_OF_TEXT, UNKNOWN, vocabulary_size
 
 BATCH = 4 * PIECE * (os.cpu_count() or 1)  # characters encoded in one call
+NOTED = 2**26  # characters after which it is noted how far the files go
+PROGRESS = "progress.json"  # the note: how many items are in the files, and what is needed to go on
 CHECKED_CHARACTERS = 2**20  # the first of the corpus are decoded again,
 CHECKED_EVERY = 64  # and then every so manieth document or piece
 
@@ -39,6 +43,12 @@ class RoundTrip:
         self.unknown = tokenizer.token_to_id(UNKNOWN)
         self.checked = self.unequal = self._seen = self._characters = 0
 
+    def state(self) -> list[int]:
+        return [self.checked, self.unequal, self._seen, self._characters]
+
+    def load_state(self, state: list[int]) -> None:
+        self.checked, self.unequal, self._seen, self._characters = state
+
     def look(self, document: Document, ids: np.ndarray) -> None:
         self._seen += 1
         self._characters += len(document.text)
@@ -60,17 +70,28 @@ def write_splits(
     lossless: bool,
     passed: Callable[[Document], object],
 ) -> dict[str, Any]:
-    """Encode every document and write both splits into `folder`.
+    """Encode every document and write both splits into `folder`, from where a killed process left off.
 
     passed: called with each document once it is written. Returns {"splits": their entries in the manifest,
     "round_trip": {"checked", "unequal"}}. Raises ValueError where a split gets no text.
     """
     dtype = token_dtype(vocabulary_size(tokenizer))
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype)
-    writers = {split: SplitWriter(folder, split, dtype) for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
+    known = _progress(folder)
+    states = known["writers"] if known else dict.fromkeys(SPLITS)
+    writers = {split: SplitWriter(folder, split, dtype, state=states[split]) for split in SPLITS}
+    sizes: dict[str, int] = known["sizes"] if known else dict.fromkeys(SPLITS, 0)
     check = RoundTrip(tokenizer, lossless)
     compression = HeldOutCompression()
+    done, unnoted = 0, 0  # items in the files; characters of them that are not yet noted
+    items = iter(items)
+    if known:
+        check.load_state(known["check"])
+        done = known["items"]
+        for split, document in islice(items, done):
+            if split == "validation":
+                compression.add(document.text)
+            passed(document)
 
     def encode(batch: list[Item]) -> list[np.ndarray]:
         # Arrays at once: the library's own encodings take a hundred bytes and more per token.
@@ -87,13 +108,34 @@ def write_splits(
                 compression.add(document.text)
             if document.ends:
                 writers[split].append(end)
-                writers[split].end_document(sizes[split])
+                writers[split].end_document(sizes[split], document.id, document.about, document.part)
                 sizes[split] = 0
             passed(document)
+            unnoted += len(document.text)
+        done += len(batch)
+        if unnoted >= NOTED:
+            unnoted = 0
+            states = {split: writer.state() for split, writer in writers.items()}
+            _note(folder, {"items": done, "writers": states, "sizes": sizes, "check": check.state()})
     entries = {split: writer.close() for split, writer in writers.items()}
     entries["validation"] |= compression.close()
     _refuse_empty(entries)
+    (folder / PROGRESS).unlink(missing_ok=True)
     return {"splits": entries, "round_trip": {"checked": check.checked, "unequal": check.unequal}}
+
+
+def _progress(folder: Path) -> dict[str, Any] | None:
+    path = folder / PROGRESS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _note(folder: Path, progress: dict[str, Any]) -> None:
+    aside = folder / f".{PROGRESS}"
+    with aside.open("w") as file:
+        json.dump(progress, file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(folder / PROGRESS)
 
 
 def _refuse_empty(entries: dict[str, Any]) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def exclusive(target: Path, complete: Callable[[Path], bool]) -> Iterator[Path | None]:
-    """An empty folder that becomes `target` when the block succeeds; None where target is complete.
+    """A folder that becomes `target` when the block succeeds; None where target is complete.
 
-    If the block fails, nothing is left; if the process is killed, a hidden folder that the next one empties.
-    Other processes wait. The lock lies inside the hidden folder, so that nothing is left of it afterwards.
+    It is empty, or holds what a process had made that was killed or interrupted in the block. If the block
+    fails, nothing is left. Other processes wait. The lock lies inside the folder, which is hidden until then,
+    so that nothing is left of it afterwards.
     """
     folder = target.parent / f".{target.name}.partial"
     lock = folder / "lock"
@@ -33,16 +34,13 @@ def exclusive(target: Path, complete: Callable[[Path], bool]) -> Iterator[Path |
 
 
 def _made(target: Path, folder: Path, lock: Path) -> Iterator[Path]:
-    for left in folder.iterdir():  # by a process that was killed
-        if left != lock:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
     try:
         yield folder
         if target.exists():  # incomplete: someone deleted part of it
             shutil.rmtree(target)
         folder.rename(target)
         (target / lock.name).unlink()
-    except BaseException:
+    except Exception:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # not empty: others are in there
             folder.parent.rmdir()

@@ -3,11 +3,13 @@
     python -m data.prepare data=python-library tokenizer=bpe tokenizer.vocabulary_size=4096
 
 The folder is `<data.directory>/<data.name>-<fingerprint>`. It appears when it is complete, one process makes
-it while others wait, and where it is there already, nothing is done.
+it while others wait, and where it is there already, nothing is done. A killed or interrupted preparation goes
+on where it was.
 """
 
 import hashlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ from data.tokenizer import (
     vocabulary_size,
 )
 
-VERSION = 2  # of this package: raise it when the same text and settings would give other files
+VERSION = 3  # of this package: raise it when the same text and settings would give other files
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -62,7 +64,8 @@ class Job:
 def prepare(data: DictConfig, tokenizer: DictConfig, progress: bool = True) -> Path:
     """The prepared folder of a data and a tokenizer configuration; made if it is not there yet.
 
-    Raises ValueError in one line on anything wrong with the configuration or the text; nothing is left then.
+    Raises ValueError in one line on anything wrong with the configuration or the text; nothing is left of the
+    folder then.
     """
     job = _job(data, tokenizer)
     target = Path(data.directory) / f"{job.name}-{job.fingerprint[:12]}"
@@ -112,6 +115,8 @@ def _make(job: Job, folder: Path, meter: "Meter") -> None:
 
 def _tokenizer(job: Job, folder: Path, meter: "Meter") -> Tokenizer:
     """Train on the first training_bytes of the training split, save, and load again as others will."""
+    if folder.exists():
+        return load_tokenizer(folder)
     size, most = job.source.size(), job.tokenizer.training_bytes
     meter.begin("tokenizer", most if size is None else min(size, most))
     documents = (document for split, document in job.validation.split(job.source) if split == "train")
@@ -126,7 +131,10 @@ def _tokenizer(job: Job, folder: Path, meter: "Meter") -> Tokenizer:
 
     # In a thread, so that this one can notice a signal.
     threading.Thread(target=train, daemon=True).start()
-    save_tokenizer(trained.result(), folder)
+    aside = folder.with_name(".tokenizer")
+    shutil.rmtree(aside, ignore_errors=True)
+    save_tokenizer(trained.result(), aside)
+    aside.rename(folder)
     return load_tokenizer(folder)
 
 

@@ -2,21 +2,28 @@
 
 A prepared folder holds, for each split, a stream of tokens cut into `<split>-00000.npy`, ... (a document is
 its tokens followed by END_OF_TEXT; documents run on over the ends of shards), `<split>-offsets.npy` (int64
-[documents + 1], where each document starts) and `<split>-bytes.npy` (int64 [documents], its UTF-8 length).
-manifest.json names them all with their hashes.
+[documents + 1], where each document starts), `<split>-bytes.npy` (int64 [documents], its UTF-8 length) and
+`<split>-documents.jsonl.zst` (a line for each document: its id and what is known of it). The parts of a
+mixture lie one after the other. manifest.json names all files with their hashes.
 """
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import zstandard
+
+from data.sources import NOTHING
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 2**26
+FRAME = 1000  # documents whose lines are compressed together
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
@@ -25,27 +32,33 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
 
 
 class NpyWriter:
-    """A one-dimensional .npy file that is appended to, so that nothing but the current piece is in memory."""
+    """A one-dimensional .npy file that is appended to, so that nothing but the current piece is in memory.
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
+    length: how many items an earlier writer left, to go on behind.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, length: int = 0) -> None:
         self.path = path
         self.dtype = dtype
-        self.length = 0
-        self._file = path.open("wb")
+        self.length = length
+        self._file = path.open("r+b" if length else "wb")
         self._write_header()  # a place holder: numpy pads headers so that the length can grow in place
+        _go_on(self._file, self._file.tell() + length * dtype.itemsize)
 
     def append(self, values: np.ndarray) -> None:
         self._file.write(values.astype(self.dtype, copy=False).tobytes())
         self.length += len(values)
+
+    def sync(self) -> None:
+        """Have all items on the disk."""
+        _sync(self._file)
 
     def close(self) -> dict[str, str]:
         """Finish the file; {"file": name, "sha256": hex digest of the whole file}."""
         self._file.seek(0)
         self._write_header()
         self._file.close()
-        with self.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": self.path.name, "sha256": digest}
+        return _entry(self.path)
 
     def _write_header(self) -> None:
         description = np.lib.format.dtype_to_descr(self.dtype)
@@ -53,40 +66,116 @@ class NpyWriter:
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
-class SplitWriter:
-    """Writes one split of a prepared folder; at most one shard is open at a time."""
+class DocumentsWriter:
+    """Writes <split>-documents.jsonl.zst, a frame for each FRAME documents, so that one can go on behind any.
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS) -> None:
+    state: what an earlier writer left.
+    """
+
+    def __init__(self, path: Path, state: dict[str, Any] | None) -> None:
+        self.path = path
+        self._lines: list[str] = state["lines"] if state else []
+        self._file = path.open("r+b" if state else "wb")
+        _go_on(self._file, state["bytes"] if state else 0)
+
+    def append(self, line: Mapping[str, str]) -> None:
+        self._lines.append(json.dumps(dict(line), ensure_ascii=False))
+        if len(self._lines) == FRAME:
+            self._compress()
+
+    def state(self) -> dict[str, Any]:
+        """What one needs to go on from here; what was written by then is on the disk."""
+        _sync(self._file)
+        return {"bytes": self._file.tell(), "lines": self._lines}
+
+    def close(self) -> dict[str, str]:
+        self._compress()
+        self._file.close()
+        return _entry(self.path)
+
+    def _compress(self) -> None:
+        text = "".join(f"{line}\n" for line in self._lines)
+        self._file.write(zstandard.compress(text.encode("utf-8", "surrogateescape")))
+        self._lines = []
+
+
+class SplitWriter:
+    """Writes one split of a prepared folder; at most one shard is open at a time.
+
+    state: of an earlier writer of the same split, to go on from; what it wrote later is taken back.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        shard_tokens: int = SHARD_TOKENS,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         self.split = split
         self.dtype = dtype
         self.shard_tokens = shard_tokens
-        self.tokens = self.documents = self.bytes = 0
-        self._shards: list[dict[str, Any]] = []
+        known = state or dict.fromkeys(("tokens", "documents", "bytes", "start"), 0)
+        self.tokens, self.documents, self.bytes = known["tokens"], known["documents"], known["bytes"]
+        self._start: int = known["start"]  # of the current document
+        self._shards: list[dict[str, Any]] = known.get("shards", [])
+        self._parts: dict[str, dict[str, list[int]]] = known.get("parts", {})
+        self._last: int | None = known.get("last")  # the token before the next one
+        self._before: int | None = known.get("before")  # the token before the open shard's first
         self._shard: NpyWriter | None = None
-        self._offsets = NpyWriter(folder / f"{split}-offsets.npy", np.dtype(np.int64))
-        self._bytes = NpyWriter(folder / f"{split}-bytes.npy", np.dtype(np.int64))
-        self._offsets.append(np.zeros(1, np.int64))
+        if length := self.tokens - sum(shard["tokens"] for shard in self._shards):
+            self._shard = NpyWriter(self._shard_path(), dtype, length)
+        count = self.documents
+        int64, bounds = np.dtype(np.int64), count + 1 if state else 0
+        self._offsets = NpyWriter(folder / f"{split}-offsets.npy", int64, bounds)
+        self._bytes = NpyWriter(folder / f"{split}-bytes.npy", int64, count)
+        self._about = DocumentsWriter(folder / f"{split}-documents.jsonl.zst", known.get("about"))
+        if not state:
+            self._offsets.append(np.zeros(1, np.int64))
 
     def append(self, tokens: np.ndarray) -> None:
         """Add tokens to the current document."""
         while len(tokens):
             if self._shard is None:
-                path = self.folder / f"{self.split}-{len(self._shards):05d}.npy"
-                self._shard = NpyWriter(path, self.dtype)
+                self._shard, self._before = NpyWriter(self._shard_path(), self.dtype), self._last
             room = self.shard_tokens - self._shard.length
             self._shard.append(tokens[:room])
             self.tokens += min(room, len(tokens))
+            self._last = int(tokens[:room][-1])
             tokens = tokens[room:]
             if self._shard.length == self.shard_tokens:
                 self._close_shard()
 
-    def end_document(self, size: int) -> None:
-        """Close the current document, whose text had `size` bytes of UTF-8."""
+    def end_document(
+        self, size: int, id: str = "", about: Mapping[str, str] = NOTHING, part: str = ""
+    ) -> None:
+        """Close the current document, whose text had `size` bytes of UTF-8. Those of a part come in a row."""
+        if part:
+            first = {"documents": [self.documents, 0], "tokens": [self._start, 0]}
+            bounds = self._parts.setdefault(part, first)
+            bounds["documents"][1], bounds["tokens"][1] = self.documents + 1, self.tokens
+        self._start = self.tokens
         self.documents += 1
         self.bytes += size
         self._offsets.append(np.array([self.tokens]))
         self._bytes.append(np.array([size]))
+        self._about.append({"id": id, **about})
+
+    def state(self) -> dict[str, Any]:
+        """What one needs to go on from here (JSON); what was written by then is on the disk."""
+        for writer in (self._offsets, self._bytes, *([self._shard] if self._shard else [])):
+            writer.sync()
+        counts = {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes}
+        return counts | {
+            "shards": self._shards,
+            "parts": self._parts,
+            "start": self._start,
+            "last": self._last,
+            "before": self._before,
+            "about": self._about.state(),
+        }
 
     def close(self) -> dict[str, Any]:
         """Finish every file; the split's entry in the manifest."""
@@ -99,12 +188,34 @@ class SplitWriter:
             "shards": self._shards,
             "offsets": self._offsets.close(),
             "document_bytes": self._bytes.close(),
+            "about": self._about.close(),
+            "parts": self._parts,
         }
+
+    def _shard_path(self) -> Path:
+        return self.folder / f"{self.split}-{len(self._shards):05d}.npy"
 
     def _close_shard(self) -> None:
         assert self._shard is not None
-        self._shards.append({"tokens": self._shard.length} | self._shard.close())
+        entry = {"tokens": self._shard.length, "before": self._before}  # before: null at the stream's start
+        self._shards.append(entry | self._shard.close())
         self._shard = None
+
+
+def _go_on(file: IO[bytes], size: int) -> None:
+    """Stand at the end of a file of which the first `size` bytes are kept."""
+    file.truncate(size)
+    file.seek(size)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _entry(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

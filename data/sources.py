@@ -11,8 +11,9 @@ import os
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 from data.cli import one_line
@@ -22,14 +23,22 @@ READ = 2**20  # bytes
 # Where a text may be cut without changing its tokens: pre-tokenizers look at whole runs of white space, so
 # only at the end of a line that ends in one newline and is followed by something visible.
 CUT = re.compile(r"(?<=\S\n)(?=\S)")
+NAME = re.compile(r"[\w-]+")
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Document(NamedTuple):
-    """A document, or a piece of a long one; `ends` is true on the last piece."""
+    """A document, or a piece of a long one; `ends` is true on the last piece.
+
+    about: what is known of it, by source, licence, retrieved (ISO date), url, language. part: the component
+    of a mixture that it belongs to.
+    """
 
     id: str
     text: str
     ends: bool = True
+    about: Mapping[str, str] = NOTHING
+    part: str = ""
 
 
 class Source(Protocol):
@@ -159,6 +168,37 @@ class HuggingFace:
 
     def size(self) -> int | None:
         return None
+
+
+class Parts:
+    """Several sources, one after the other: the parts of a mixture, by name. See `mixture` in the config."""
+
+    def __init__(self, parts: dict[str, Source]) -> None:
+        if not parts:
+            raise ValueError("data.source.parts: is empty; name at least one source")
+        for name in parts:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"data.source.parts.{name}: a name has letters, digits, '-' and '_' only")
+        self.parts = parts
+
+    def documents(self) -> Iterator[Document]:
+        for part, source in self.parts.items():
+            empty = True
+            for document in source.documents():
+                about = {"source": part, **document.about}
+                yield document._replace(id=f"{part}/{document.id}", about=about, part=part)
+                empty = False
+            if empty:
+                raise ValueError(
+                    f"data.source.parts.{part}: holds no text; leave it out or name another source"
+                )
+
+    def inputs(self) -> dict[str, Any]:
+        return {part: source.inputs() for part, source in self.parts.items()}
+
+    def size(self) -> int | None:
+        sizes = [source.size() for source in self.parts.values()]
+        return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def _document(id: str, texts: Iterable[str]) -> Iterator[Document]:

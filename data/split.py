@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
-from data.sources import Document, Source
+from data.sources import Document, Parts, Source
 
 Split = Literal["train", "validation"]
 
@@ -47,6 +47,11 @@ class ByPosition:
         self._cut: int | None = None
 
     def split(self, source: Source) -> Iterator[tuple[Split, Document]]:
+        if isinstance(source, Parts):
+            raise ValueError(
+                "data.validation: ByPosition would hold out the end of the last part; set"
+                " data.validation._target_=data.split.ByDocument"
+            )
         if self._cut is None:
             self._cut = int(sum(len(document.text) for document in source.documents()) * (1 - self.share))
         left = self._cut

@@ -56,7 +56,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         assert folder is None
 
 
-def test_a_killed_process_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_nothing_that_looks_complete_and_the_next_goes_on(tmp_path: Path) -> None:
     target = tmp_path / "target"
     process = start(target, "first", 60)
     wait_for(tmp_path / "started-first")
@@ -65,9 +65,9 @@ def test_a_killed_process_leaves_nothing_that_looks_complete(tmp_path: Path) -> 
     assert not target.exists()
     with exclusive(target, done) as folder:
         assert folder is not None
-        assert [path.name for path in folder.iterdir()] == ["lock"]  # emptied
+        assert sorted(path.name for path in folder.iterdir()) == ["lock", "part"]
         (folder / "done").touch()
-    assert [path.name for path in target.iterdir()] == ["done"]
+    assert sorted(path.name for path in target.iterdir()) == ["done", "part"]
 
 
 def test_of_two_processes_one_makes_and_the_other_waits(tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 import gzip
 import hashlib
+import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from omegaconf import DictConfig, OmegaConf
 
 from data import encode, shards, tokenizer
 from data.prepare import prepare
 from data.shards import TokenStream, read_manifest
 from data.tokenizer import load_tokenizer
+from tests.killing import killed_at
 
 BYTES = OmegaConf.create({"_target_": "data.tokenizer.Bytes"})
 BPE = OmegaConf.create({"_target_": "data.tokenizer.BPE", "vocabulary_size": 300})
@@ -160,7 +163,7 @@ def test_many_batches_and_shards_give_the_same_as_one(
     config = text_config(f"{tmp_path}/corpus/*.txt", validation=BY_DOCUMENT)
     one = prepare(config, BPE, progress=False)
     monkeypatch.setattr(encode, "BATCH", 300)
-    monkeypatch.setattr(shards.SplitWriter.__init__, "__defaults__", (64,))
+    monkeypatch.setattr(shards.SplitWriter.__init__, "__defaults__", (64, None))
     many = prepare(text_config(**_elsewhere(config, tmp_path)), BPE, progress=False)
     assert len(read_manifest(many)["splits"]["train"]["shards"]) > 10
     for split in ("train", "validation"):
@@ -169,6 +172,65 @@ def test_many_batches_and_shards_give_the_same_as_one(
         assert np.array_equal(a.offsets, b.offsets)
 
 
+def test_a_killed_preparation_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, texts: dict[str, str], text_config: TextConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at its changes to the disk, each time one further on, through notes, shards and frames."""
+    config = text_config(f"{tmp_path}/corpus/*.txt", validation=BY_DOCUMENT)
+    for module, name, value in ((encode, "BATCH", 300), (encode, "NOTED", 700), (shards, "FRAME", 5)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(shards.SplitWriter.__init__, "__defaults__", (512, None))
+    whole = prepare(config, BYTES, progress=False)
+    broken = text_config(**_elsewhere(config, tmp_path))
+    deaths, starts, noted = 1, 0, False
+    while killed_at(deaths, lambda: prepare(broken, BYTES, progress=False)):
+        deaths += 3
+        starts += 1
+        noted |= any((tmp_path / "elsewhere").glob(".*.partial/progress.json"))
+    assert starts > 3 and noted
+    again = prepare(broken, BYTES, progress=False)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    for file in files:
+        if file.name != "manifest.json":  # which tells how long it took
+            assert (whole / file).read_bytes() == (again / file).read_bytes(), file
+    first, second = (read_manifest(folder) for folder in (whole, again))
+    assert first["splits"] == second["splits"] and first["round_trip"] == second["round_trip"]
+
+
+def test_what_is_known_of_each_document_is_kept(
+    tmp_path: Path, texts: dict[str, str], text_config: TextConfig
+) -> None:
+    config = text_config(f"{tmp_path}/corpus/*.txt", validation=BY_DOCUMENT)
+    folder = prepare(config, BYTES, progress=False)
+    for split in ("train", "validation"):
+        about = folder / read_manifest(folder)["splits"][split]["about"]["file"]
+        with zstandard.open(about, "rt", encoding="utf-8") as file:
+            ids = [json.loads(line)["id"] for line in file]
+        assert decoded(folder, split) == [texts[str(tmp_path / "corpus" / id)] for id in ids]
+
+
 def _elsewhere(config: DictConfig, tmp_path: Path) -> dict:
     settings = {"paths": config.source.paths, "validation": config.validation}
     return settings | {"directory": str(tmp_path / "elsewhere")}
+
+
+def test_the_parts_of_a_mixture_lie_one_after_the_other(tmp_path: Path) -> None:
+    parts = {}
+    for name, count in (("code", 30), ("notes", 50)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number:02}.txt").write_text(f"{name} {number}")
+        parts[name] = {"_target_": "data.sources.TextFiles", "paths": f"{tmp_path}/{name}/*.txt"}
+    source = {"_target_": "data.sources.Parts", "parts": parts}
+    node = {"name": "mixed", "source": source, "validation": BY_DOCUMENT, "directory": f"{tmp_path}/prepared"}
+    folder = prepare(OmegaConf.create(node), BYTES, progress=False)
+    for split in ("train", "validation"):
+        texts, stream = decoded(folder, split), TokenStream(folder, split)
+        bounds = read_manifest(folder)["splits"][split]["parts"]
+        assert list(bounds) == ["code", "notes"]
+        for name in parts:
+            first, last = bounds[name]["documents"]
+            assert last > first and all(text.startswith(name) for text in texts[first:last])
+            assert [int(stream.offsets[i]) for i in (first, last)] == bounds[name]["tokens"]
+        assert bounds["notes"]["documents"] == [bounds["code"]["documents"][1], stream.documents]

@@ -6,7 +6,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from data.sources import PIECE, HuggingFace, PythonLibrary, Rows, Source, TextFiles
+from data.cli import instantiate
+from data.sources import PIECE, HuggingFace, Parts, PythonLibrary, Rows, Source, TextFiles
+from data.split import ByPosition
 from data.tokenizer import BPE
 
 TEXTS = ["one\r\n two\t", "drei 😀", '"quoted", with\nnewline']
@@ -176,3 +178,39 @@ def test_a_hub_name_is_identified_by_its_revision() -> None:
         "name": "c",
         "revision": "d",
     }
+
+
+def test_parts_come_one_after_the_other_with_their_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(f"text of {name}")
+    parts = Parts({name: TextFiles(f"{tmp_path}/{name}/*.txt") for name in ("b", "a")})
+    found = [(d.id, d.text, d.part, d.about["source"]) for d in parts.documents()]
+    assert found == [("b/x.txt", "text of b", "b", "b"), ("a/x.txt", "text of a", "a", "a")]
+    assert parts.inputs().keys() == {"a", "b"} and parts.size() == 18
+
+
+def test_parts_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    empty = TextFiles(f"{tmp_path}/empty.txt")
+    with pytest.raises(ValueError, match=r"^data.source.parts: is empty; name at least one source"):
+        Parts({})
+    with pytest.raises(ValueError, match=r"^data.source.parts.a/b: a name has letters"):
+        Parts({"a/b": empty})
+    with pytest.raises(ValueError, match=r"^data.source.parts.a: holds no text"):
+        list(Parts({"a": empty}).documents())
+    with pytest.raises(
+        ValueError, match=r"^data.validation: ByPosition would hold out the end of the last part"
+    ):
+        list(ByPosition(0.1).split(Parts({"a": empty})))
+
+
+def test_a_wrong_part_is_named(tmp_path: Path) -> None:
+    node = {
+        "_target_": "data.sources.Parts",
+        "parts": {"a": {"_target_": "data.sources.TextFiles", "path": "x"}},
+    }
+    with pytest.raises(
+        ValueError, match=r"^data.source.parts.a.path: unknown key; data.sources.TextFiles knows paths"
+    ):
+        instantiate(node, "data.source")

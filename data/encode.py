@@ -1,5 +1,6 @@
 """Documents to tokens on disk, with all cores and flat memory; a killed process is gone on from."""
 
+import hashlib
 import json
 import os
 from collections import deque
@@ -84,14 +85,21 @@ def write_splits(
     check = RoundTrip(tokenizer, lossless)
     compression = HeldOutCompression()
     done, unnoted = 0, 0  # items in the files; characters of them that are not yet noted
+    digest = hashlib.blake2b()  # of all items in the files
     items = iter(items)
     if known:
         check.load_state(known["check"])
-        done = known["items"]
-        for split, document in islice(items, done):
+        for split, document in islice(items, known["items"]):
+            _digest(digest, split, document)
             if split == "validation":
                 compression.add(document.text)
             passed(document)
+            done += 1
+        if [done, digest.hexdigest()] != [known["items"], known["digest"]]:
+            raise ValueError(
+                "data.source: gives other text than before the preparation was interrupted; run the same"
+                " command again to start over"
+            )
 
     def encode(batch: list[Item]) -> list[np.ndarray]:
         # Arrays at once: the library's own encodings take a hundred bytes and more per token.
@@ -102,6 +110,7 @@ def write_splits(
     for batch, encoded in _mapped(encode, _batches(items)):
         for (split, document), ids in zip(batch, encoded, strict=True):
             check.look(document, ids)
+            _digest(digest, split, document)
             writers[split].append(ids)
             sizes[split] += len(document.text.encode())
             if split == "validation":
@@ -116,12 +125,24 @@ def write_splits(
         if unnoted >= NOTED:
             unnoted = 0
             states = {split: writer.state() for split, writer in writers.items()}
-            _note(folder, {"items": done, "writers": states, "sizes": sizes, "check": check.state()})
+            progress = {"items": done, "digest": digest.hexdigest(), "writers": states, "sizes": sizes}
+            _note(folder, progress | {"check": check.state()})
     entries = {split: writer.close() for split, writer in writers.items()}
     entries["validation"] |= compression.close()
     _refuse_empty(entries)
-    (folder / PROGRESS).unlink(missing_ok=True)
     return {"splits": entries, "round_trip": {"checked": check.checked, "unequal": check.unequal}}
+
+
+def _digest(digest: Any, split: Split, document: Document) -> None:
+    rest = [split, document.id, document.ends, sorted(document.about.items()), document.part]
+    for text in (json.dumps(rest), document.text):
+        digest.update(text.encode("utf-8", "surrogateescape"))
+
+
+def forget_progress(folder: Path) -> None:
+    """All is done, and written down elsewhere."""
+    for name in (PROGRESS, f".{PROGRESS}"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _progress(folder: Path) -> dict[str, Any] | None:
@@ -136,6 +157,9 @@ def _note(folder: Path, progress: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(folder / PROGRESS)
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _refuse_empty(entries: dict[str, Any]) -> None:

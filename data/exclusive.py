@@ -12,9 +12,9 @@ from pathlib import Path
 def exclusive(target: Path, complete: Callable[[Path], bool]) -> Iterator[Path | None]:
     """A folder that becomes `target` when the block succeeds; None where target is complete.
 
-    It is empty, or holds what a process had made that was killed or interrupted in the block. If the block
-    fails, nothing is left. Other processes wait. The lock lies inside the folder, which is hidden until then,
-    so that nothing is left of it afterwards.
+    It is empty, or holds what a process had made that was killed, interrupted or left by its disk or network
+    in the block. If the block fails otherwise, nothing is left. Other processes wait. The lock lies inside
+    the folder, which is hidden until then, so that nothing is left of it afterwards.
     """
     folder = target.parent / f".{target.name}.partial"
     lock = folder / "lock"
@@ -30,6 +30,7 @@ def exclusive(target: Path, complete: Callable[[Path], bool]) -> Iterator[Path |
             if _same_file(lock, file.fileno()) and not complete(target):
                 yield from _made(target, folder, lock)
                 return
+    (target / lock.name).unlink(missing_ok=True)  # of one that was killed at the very end
     yield None
 
 
@@ -40,6 +41,8 @@ def _made(target: Path, folder: Path, lock: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         folder.rename(target)
         (target / lock.name).unlink()
+    except OSError:
+        raise
     except Exception:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # not empty: others are in there

@@ -1,14 +1,14 @@
 """Batches for one rank: the samples behind an order, or all of a stream for evaluation."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from data.order import Order
-from data.packing import BestFit, Chunks, Packing, Sample
+from data.order import Ordered
+from data.packing import BestFit, Chunks, Packing, Readable, Sample, Samples
 from data.shards import TokenStream
 
 IGNORED = -100
@@ -44,40 +44,51 @@ def pack(stream: TokenStream, method: str, collate: Collate, training: bool) -> 
     return packing
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """Samples that can only be read onwards: where the reading is, as JSON, and going on from there."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Loader:
     """The training micro-batches of one rank, made ahead in a background thread.
 
     A step's samples are dealt out as order.step(s).reshape(accumulation, world_size, micro_batch): the union
-    over ranks and micro-batches is the same whatever these numbers are. waited_s: seconds step() was blocked.
-    Raises ValueError where the global batch does not divide.
+    over ranks and micro-batches is the same whatever these numbers are. Where order.steps cuts them into
+    shorter rows, a micro-batch has as many more rows, so that it holds as many tokens. collates: what makes
+    batches of shorter rows, by their length. waited_s: seconds step() was blocked.
+    Raises ValueError where a step's samples do not divide.
     """
 
     def __init__(
         self,
-        packing: Packing,
-        order: Order,
+        packing: Readable,
+        order: Ordered,
         collate: Collate,
         *,
         micro_batch: int,
         rank: int,
         world_size: int,
         ahead: int = 2,
+        collates: Mapping[int, Collate] | None = None,
     ) -> None:
-        if order.global_batch % (micro_batch * world_size):
-            raise ValueError(
-                f"global_batch: {order.global_batch} is not divisible by micro_batch {micro_batch} x "
-                f"{world_size} ranks; choose a multiple of {micro_batch * world_size}"
-            )
+        order.steps.check(micro_batch, world_size)
         self.packing = packing
         self.order = order
-        self.collate = collate
+        self.collates = {**(collates or {}), packing.window: collate}
         self.micro_batch = micro_batch
         self.rank = rank
         self.world_size = world_size
         self.ahead = ahead
         self.waited_s = 0.0
-        self._pending: dict[int, Future[list[Batch]]] = {}
+        self._pending: dict[int, Future[tuple[list[Batch], dict[str, Any] | None]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._state = self._reading()
 
     def step(self, step: int) -> list[Batch]:
         """The rank's micro-batches of a step, in order; the steps after it are made while this one trains.
@@ -92,26 +103,50 @@ class Loader:
         for s in wanted:
             if s not in self._pending:
                 self._pending[s] = self._thread.submit(self._make, s)
-        batches = self._pending.pop(step).result()
+        batches, self._state = self._pending.pop(step).result()
         self.waited_s += time.perf_counter() - started
         return batches
 
-    def close(self) -> None:
-        """Stop the thread."""
-        self._thread.shutdown(cancel_futures=True)
+    def state(self) -> dict[str, Any] | None:
+        """Where Resumable samples were read to by this rank when the step asked for last was made, not the
+        steps made ahead of it. None: nothing has to be kept."""
+        return self._state
 
-    def _make(self, step: int) -> list[Batch]:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state, of this rank or merged: the steps made ahead are dropped."""
+        assert isinstance(self.packing, Resumable)
+        for future in self._pending.values():
+            future.cancel()
+        self._pending.clear()
+        self._thread.submit(self.packing.load_state, state).result()  # behind what it is still making
+        self._state = state
+
+    def close(self) -> None:
+        """Stop the thread, and close what it reads."""
+        self._thread.shutdown(cancel_futures=True)
+        if isinstance(self.packing, Resumable):
+            self.packing.close()
+
+    def _make(self, step: int) -> tuple[list[Batch], dict[str, Any] | None]:
         shape = (-1, self.world_size, self.micro_batch)
         ids = self.order.step(step).reshape(shape)[:, self.rank]
         epochs = self.order.epochs(step).reshape(shape)[:, self.rank]
-        return [
-            self.collate([self.packing.sample(int(i), int(e), step) for i, e in zip(*micro, strict=True)])
-            for micro in zip(ids, epochs, strict=True)
-        ]
+        rows = self.order.steps.rows(step)
+        length = self.packing.window // rows
+        batches = []
+        for micro in zip(ids, epochs, strict=True):
+            samples = (self.packing.sample(int(i), int(e), step) for i, e in zip(*micro, strict=True))
+            batches.append(
+                self.collates[length]([row for sample in samples for row in sample.cut(length, rows)])
+            )
+        return batches, self._reading()
+
+    def _reading(self) -> dict[str, Any] | None:
+        return self.packing.state() if isinstance(self.packing, Resumable) else None
 
 
 def evaluation_batches(
-    packing: Packing, collate: Collate, *, micro_batch: int, rank: int, world_size: int
+    packing: Samples, collate: Collate, *, micro_batch: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
     """Every sample once over all ranks, in batches of micro_batch.
 

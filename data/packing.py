@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -24,19 +26,42 @@ class Sample:
 
     tokens: ids [n] of all pieces, one after the other; n may be 0. before: ids [k] of the token that stands
     before each piece in the stream, END_OF_TEXT where the piece starts a document. bounds: int64 [k + 1];
-    piece i is tokens[bounds[i] : bounds[i + 1]], all of one document. key: (epoch, index), which together
-    with a seed is all that chance may depend on. step: of training; None in evaluation.
+    piece i is tokens[bounds[i] : bounds[i + 1]], all of one document. key: (epoch, index), of a row that was
+    cut out (epoch, index, row), which together with a seed is all that chance may depend on. step: of
+    training; None in evaluation.
     """
 
     tokens: np.ndarray
     before: np.ndarray
     bounds: np.ndarray
-    key: tuple[int, int]
+    key: tuple[int, ...]
     step: int | None = None
+
+    @classmethod
+    def empty(cls, key: tuple[int, ...], step: int | None) -> Sample:
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.zeros(1, np.int64), key, step)
 
     def random(self, seed: int) -> np.random.Generator:
         """The sample's own random numbers: the same in any world, after any restart."""
         return np.random.default_rng((seed % 2**64, *self.key))
+
+    def cut(self, length: int, rows: int) -> list[Sample]:
+        """The sample as `rows` shorter ones of `length` tokens each, the last of them shorter or empty where
+        it holds fewer than length * rows. One row is the sample as it is."""
+        if rows == 1:
+            return [self]
+        return [self._row(row, row * length, (row + 1) * length) for row in range(rows)]
+
+    def _row(self, row: int, start: int, stop: int) -> Sample:
+        key, stop = (*self.key, row), min(stop, len(self.tokens))
+        if start >= stop:
+            return Sample.empty(key, self.step)
+        first, end = np.searchsorted(self.bounds, [start + 1, stop]) - [1, 0]
+        before = self.before[first:end].copy()
+        if start > self.bounds[first]:
+            before[0] = self.tokens[start - 1]
+        bounds = np.clip(self.bounds[first : end + 1], start, stop) - start
+        return Sample(self.tokens[start:stop], before, bounds, key, self.step)
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,22 @@ def document_ids(bounds: np.ndarray, length: int) -> np.ndarray:
     ids = np.full(length, PADDING, np.int32)
     ids[: bounds[-1]] = np.repeat(np.arange(len(bounds) - 1, dtype=np.int32), np.diff(bounds))
     return ids
+
+
+class Readable(Protocol):
+    """What samples are read from one by one. window: the most tokens of a sample."""
+
+    window: int
+
+    def sample(self, index: int, epoch: int = 0, step: int | None = None) -> Sample: ...
+
+
+class Samples(Readable, Protocol):
+    """The samples of one pass over a corpus. samples: how many."""
+
+    samples: int
+
+    def usage(self) -> Usage: ...
 
 
 class Packing:
@@ -72,11 +113,12 @@ class Packing:
 
     def sample(self, index: int, epoch: int = 0, step: int | None = None) -> Sample:
         """Sample `index`; past the last one an empty sample."""
-        pieces = self.pieces(index) if index < self.samples else np.empty((0, 2), np.int64)
+        if index >= self.samples:
+            return Sample.empty((epoch, index), step)
+        pieces = self.pieces(index)
         texts = [self.stream.read(int(start) - 1, int(stop)) for start, stop in pieces]
-        nothing = np.empty(0, np.int64)
         return Sample(
-            tokens=np.concatenate([nothing, *(text[1:] for text in texts)]).astype(np.int64),
+            tokens=np.concatenate([text[1:] for text in texts]).astype(np.int64),
             before=np.array([text[0] for text in texts], np.int64),
             bounds=np.cumsum([0, *(stop - start for start, stop in pieces)], dtype=np.int64),
             key=(epoch, index),
@@ -129,6 +171,31 @@ class BestFit(Packing):
         return Usage(
             cut_documents=int((np.diff(self.stream.offsets) > self.window).sum()),
             dropped_tokens=0,
+        )
+
+
+class Joined:
+    """Several packings of equal window as one: the samples of the first, then those of the second, ..."""
+
+    def __init__(self, parts: Sequence[Samples]) -> None:
+        self.parts = list(parts)
+        self.window = max(part.window for part in self.parts)
+        self._starts = np.cumsum([0, *(part.samples for part in self.parts)])
+        self.samples = int(self._starts[-1])
+
+    def sample(self, index: int, epoch: int = 0, step: int | None = None) -> Sample:
+        """Sample `index`; past the last one an empty sample. Its key is of the joined index."""
+        if index >= self.samples:
+            return Sample.empty((epoch, index), step)
+        part = int(np.searchsorted(self._starts, index, "right")) - 1
+        found = self.parts[part].sample(index - int(self._starts[part]), epoch, step)
+        return replace(found, key=(epoch, index))
+
+    def usage(self) -> Usage:
+        usages = [part.usage() for part in self.parts]
+        return Usage(
+            cut_documents=sum(usage.cut_documents for usage in usages),
+            dropped_tokens=sum(usage.dropped_tokens for usage in usages),
         )
 
 

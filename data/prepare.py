@@ -25,10 +25,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from data.cli import instantiate, main_guard, one_line_errors
-from data.encode import write_splits
+from data.encode import forget_progress, write_splits
 from data.exclusive import exclusive
 from data.shards import MANIFEST, read_manifest, token_dtype
-from data.sources import Document, Source
+from data.sources import Builds, Document, Source
 from data.split import SplitRule
 from data.tokenizer import (
     END_OF_TEXT,
@@ -69,6 +69,8 @@ def prepare(data: DictConfig, tokenizer: DictConfig, progress: bool = True) -> P
     """
     job = _job(data, tokenizer)
     target = Path(data.directory) / f"{job.name}-{job.fingerprint[:12]}"
+    if isinstance(job.source, Builds) and not (target / MANIFEST).is_file():
+        job.source.build(progress)
     with exclusive(target, lambda folder: (folder / MANIFEST).is_file()) as folder:
         if folder is not None:
             _make(job, folder, Meter(progress))
@@ -83,8 +85,11 @@ def _job(data: DictConfig, tokenizer: DictConfig) -> Job:
     source: Source = instantiate(data.source, "data.source")
     validation: SplitRule = instantiate(data.validation, "data.validation")
     recipe: TokenizerRecipe = instantiate(tokenizer, "tokenizer")
+    text = {key: OmegaConf.to_container(data[key], resolve=True) for key in ("source", "validation")}
+    if isinstance(source, Builds):  # its inputs say all that its text depends on
+        text["source"] = {"_target_": data.source._target_}
     settings = {
-        "data": {key: OmegaConf.to_container(data[key], resolve=True) for key in ("source", "validation")},
+        "data": text,
         "tokenizer": OmegaConf.to_container(tokenizer, resolve=True),
     }
     inputs = {"source": source.inputs(), **validation.inputs(), "tokenizer": recipe.inputs()}
@@ -111,6 +116,7 @@ def _make(job: Job, folder: Path, meter: "Meter") -> None:
         **written,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    forget_progress(folder)
 
 
 def _tokenizer(job: Job, folder: Path, meter: "Meter") -> Tokenizer:

@@ -10,8 +10,10 @@ mixture lie one after the other. manifest.json names all files with their hashes
 import hashlib
 import json
 import os
+import threading
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,8 +23,11 @@ import zstandard
 from data.sources import NOTHING
 
 MANIFEST = "manifest.json"
+REMOTE = "remote.json"  # where the shards lie that are not in the folder: see data.remote
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 2**26
+MAPPED = 64
+HEADER = 128  # bytes before the items of a .npy file of one dimension
 FRAME = 1000  # documents whose lines are compressed together
 
 
@@ -57,6 +62,7 @@ class NpyWriter:
         """Finish the file; {"file": name, "sha256": hex digest of the whole file}."""
         self._file.seek(0)
         self._write_header()
+        _sync(self._file)
         self._file.close()
         return _entry(self.path)
 
@@ -203,7 +209,10 @@ class SplitWriter:
 
 
 def _go_on(file: IO[bytes], size: int) -> None:
-    """Stand at the end of a file of which the first `size` bytes are kept."""
+    """Stand behind the first `size` bytes of a file, which are kept. Raises ValueError where it has fewer."""
+    file.flush()
+    if os.fstat(file.fileno()).st_size < size:
+        raise ValueError(f"{file.name}: is shorter than was noted; run the same command again to start over")
     file.truncate(size)
     file.seek(size)
 
@@ -249,13 +258,26 @@ class TokenStream:
         self.vocabulary_size: int = manifest["vocabulary_size"]
         self.end_of_text: int = manifest["end_of_text"]
         self._offsets_file: str = entry["offsets"]["file"]
-        self._shards = [self._map(shard["file"], shard["tokens"]) for shard in entry["shards"]]
-        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards]).tolist()
+        self._dtype = token_dtype(self.vocabulary_size)
+        shards = entry["shards"]
+        self._starts = list(accumulate((shard["tokens"] for shard in shards), initial=0))
+        # The token before each shard's first: a sample that begins there needs no other shard for it.
+        self._known = {-1: self.end_of_text}
+        for start, shard in zip(self._starts, shards, strict=False):
+            if shard.get("before") is not None:
+                self._known[start - 1] = shard["before"]
+        if (self.folder / REMOTE).exists():
+            from data.remote import RemoteShards  # stands on this module
+
+            self.shards: Shards = RemoteShards(self.folder, shards, self._dtype)
+        else:
+            self.shards = Shards(self.folder, shards)
+            self.shards.check(self._dtype.itemsize)
 
     @property
     def offsets(self) -> np.ndarray:
         """int64 [documents + 1]: the position of each document's first token, and the end of the last."""
-        return self._map(self._offsets_file, self.documents + 1)
+        return map_array(self.folder / self._offsets_file, self.documents + 1)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start, ..., stop - 1 (uint16 or uint32). Position -1 reads as END_OF_TEXT: it is what the
@@ -263,22 +285,89 @@ class TokenStream:
         if not -1 <= start <= stop <= self.tokens:
             raise IndexError(f"[{start}, {stop}) is outside the {self.tokens} tokens of {self.split}")
         parts = []
-        if start == -1 and stop > start:
-            parts.append(np.array([self.end_of_text], self._shards[0].dtype))
-            start = 0
+        if start in self._known and start < stop:
+            parts.append(np.array([self._known[start]], self._dtype))
+            start += 1
         while start < stop:
             shard = bisect_right(self._starts, start) - 1
             offset = start - self._starts[shard]
-            parts.append(self._shards[shard][offset : offset + stop - start])
+            parts.append(self.shards[shard][offset : offset + stop - start])
             start += len(parts[-1])
-        return np.concatenate(parts) if parts else self._shards[0][:0]
+        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
-    def _map(self, file: str, length: int) -> np.ndarray:
-        path = self.folder / file
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: {error}; delete the folder and prepare again") from None
-        if len(array) != length:
-            raise ValueError(f"{path}: holds {len(array)} items, not {length}; prepare it again")
+    def shards_of(self, stretches: np.ndarray) -> list[int]:
+        """The shards that read(start, stop) opens for the stretches int64 [n, 2], in the order of need."""
+        starts, stops = stretches[stretches[:, 0] < stretches[:, 1]].T
+        starts = starts + np.isin(starts, list(self._known))
+        first = np.searchsorted(self._starts, starts, "right") - 1
+        last = np.searchsorted(self._starts, stops - 1, "right") - 1
+        spans = dict.fromkeys(zip(first.tolist(), last.tolist(), strict=True))
+        return list(dict.fromkeys(shard for a, b in spans for shard in range(a, b + 1)))
+
+
+class Part(TokenStream):
+    """Documents first, ..., last - 1 of a stream as a stream of their own: one part of a mixture."""
+
+    def __init__(self, stream: TokenStream, first: int, last: int) -> None:
+        self.folder, self.split = stream.folder, stream.split
+        self.vocabulary_size, self.end_of_text = stream.vocabulary_size, stream.end_of_text
+        self._stream = stream
+        offsets = stream.offsets
+        self._first, end = int(offsets[first]), int(offsets[last])
+        self._documents = slice(first, last + 1)
+        self.documents, self.tokens = last - first, end - self._first
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return self._stream.offsets[self._documents] - self._first
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """As of any stream: what stands before the part is the END_OF_TEXT of another one."""
+        if not -1 <= start <= stop <= self.tokens:
+            raise IndexError(f"[{start}, {stop}) is outside the {self.tokens} tokens of {self.split}")
+        return self._stream.read(self._first + start, self._first + stop)
+
+
+class Shards:
+    """The shards of a stream, each mapped when it is first read.
+
+    Of those mapped, the last MAPPED stay: each holds a file open, of which a process may have 1,024. Raises
+    ValueError where a shard is not what its entry in the manifest says.
+    """
+
+    def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self.entries = entries
+        self._maps: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        array = self._maps.get(index)
+        return self._map(index) if array is None else array
+
+    def check(self, itemsize: int) -> None:
+        """Raises ValueError where a shard is missing or not as long as it should be."""
+        with os.scandir(self.folder) as files:
+            sizes = {file.name: file.stat().st_size for file in files}
+        for entry in self.entries:
+            if sizes.get(entry["file"]) != HEADER + itemsize * entry["tokens"]:
+                map_array(self.folder / entry["file"], entry["tokens"])  # says what is wrong
+
+    def _map(self, index: int) -> np.ndarray:
+        array = map_array(self.folder / self.entries[index]["file"], self.entries[index]["tokens"])
+        with self._lock:
+            while len(self._maps) >= MAPPED:
+                del self._maps[next(iter(self._maps))]
+            self._maps[index] = array
         return array
+
+
+def map_array(path: Path, length: int) -> np.ndarray:
+    """A one-dimensional .npy file in memory. Raises ValueError where it holds another number of items."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; delete the folder and prepare again") from None
+    if len(array) != length:
+        raise ValueError(f"{path}: holds {len(array)} items, not {length}; prepare it again")
+    return array.view(np.ndarray)  # slices of a memmap take several times as long to make

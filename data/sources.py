@@ -5,6 +5,7 @@ whatever the size of a file. Empty documents are left out: there is nothing in t
 """
 
 import codecs
+import datetime
 import glob
 import importlib
 import os
@@ -14,7 +15,7 @@ import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from data.cli import one_line
 
@@ -23,6 +24,7 @@ READ = 2**20  # bytes
 # Where a text may be cut without changing its tokens: pre-tokenizers look at whole runs of white space, so
 # only at the end of a line that ends in one newline and is followed by something visible.
 CUT = re.compile(r"(?<=\S\n)(?=\S)")
+NETWORK = ("requests", "httpx", "httpcore", "aiohttp", "urllib3")  # whose errors are those of a connection
 NAME = re.compile(r"[\w-]+")
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -55,6 +57,13 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Builds(Protocol):
+    """A source that makes its text before it can be read, and keeps it."""
+
+    def build(self, progress: bool = True) -> Path: ...
+
+
 class PythonLibrary:
     """The standard library of the running Python: its source files and its language reference.
 
@@ -71,9 +80,9 @@ class PythonLibrary:
         for path in self._files():
             name = path.relative_to(self.root).as_posix()
             if name != "pydoc_data/topics.py":  # comes as text below, not as one escaped literal
-                yield from _document(name, [_python_text(path)])
+                yield from pieces(name, [_python_text(path)])
         for topic, text in sorted(_topics().items()):
-            yield from _document(f"topics/{topic}", [text])
+            yield from pieces(f"topics/{topic}", [text])
 
     def inputs(self) -> dict[str, Any]:
         return _stamps(self._files())
@@ -91,43 +100,63 @@ class PythonLibrary:
         return found
 
 
-class TextFiles:
-    """UTF-8 text files, one document each. paths: files or globs (`**` reaches into folders)."""
+class Files:
+    """What sources of files share. paths: files or globs (`**` reaches into folders)."""
 
     def __init__(self, paths: str | list[str]) -> None:
         self.paths = [paths] if isinstance(paths, str) else list(paths)
 
-    def documents(self) -> Iterator[Document]:
-        files, root = _expand(self.paths), _root(self.paths)
-        for path in files:
-            yield from _document(os.path.relpath(path, root), _utf8(path))
+    def files(self) -> list[Path]:
+        return _expand(self.paths)
+
+    def documents(self, files: list[Path] | None = None) -> Iterator[Document]:
+        """The documents of all files, or of these."""
+        root = _root(self.paths)
+        for path in self.files() if files is None else files:
+            yield from self.read(path, os.path.relpath(path, root))
+
+    def read(self, path: Path, name: str) -> Iterator[Document]:
+        """The documents of one file. name: its path from the folder that all have in common."""
+        raise NotImplementedError
 
     def inputs(self) -> dict[str, Any]:
-        return _stamps(_expand(self.paths))
+        return _stamps(self.files())
 
-    def size(self) -> int:
-        return sum(path.stat().st_size for path in _expand(self.paths))
+    def size(self) -> int | None:
+        return sum(path.stat().st_size for path in self.files())
 
 
-class Rows:
-    """Rows of jsonl, parquet or csv files, one document each. column: the one that holds the text."""
+class TextFiles(Files):
+    """UTF-8 text files, one document each."""
+
+    def read(self, path: Path, name: str) -> Iterator[Document]:
+        yield from pieces(name, _utf8(path))
+
+
+class Rows(Files):
+    """Rows of jsonl, parquet or csv files, gzip and zstd too, one document each.
+
+    column: the one that holds the text. about: columns of what else is known, by the name that it gets
+    (licence, source, retrieved, url, language).
+    """
 
     def __init__(
-        self, format: Literal["json", "parquet", "csv"], paths: str | list[str], column: str = "text"
+        self,
+        format: Literal["json", "parquet", "csv"],
+        paths: str | list[str],
+        column: str = "text",
+        about: dict[str, str] | None = None,
     ) -> None:
+        super().__init__(paths)
         self.format = format
-        self.paths = [paths] if isinstance(paths, str) else list(paths)
         self.column = column
+        self.about = about or {}
 
-    def documents(self) -> Iterator[Document]:
-        files, root = _expand(self.paths), _root(self.paths)
-        for path in files:  # one at a time, so that an error can name its file
-            rows = _rows(str(path), self.column, path=self.format, data_files=[str(path)], split="train")
-            for number, text in enumerate(rows):
-                yield from _document(f"{os.path.relpath(path, root)}:{number}", [text])
-
-    def inputs(self) -> dict[str, Any]:
-        return _stamps(_expand(self.paths))
+    def read(self, path: Path, name: str) -> Iterator[Document]:
+        arguments = {"path": self.format, "data_files": [str(path)], "split": "train"}
+        rows = _rows(str(path), self.column, self.about, **arguments)
+        for number, (text, about) in enumerate(rows):
+            yield from pieces(f"{name}:{number}", [text], about)
 
     def size(self) -> int | None:
         return None  # a file's size says little about its column's
@@ -136,7 +165,7 @@ class Rows:
 class HuggingFace:
     """Rows of a data set that `datasets` can load: a name on the Hub or a local folder, streamed.
 
-    path, name, split, revision: as in datasets.load_dataset. column: the one that holds the text.
+    path, name, split, revision: as in datasets.load_dataset. column, about: as in Rows.
     """
 
     def __init__(
@@ -146,19 +175,20 @@ class HuggingFace:
         split: str = "train",
         column: str = "text",
         revision: str | None = None,
+        about: dict[str, str] | None = None,
     ) -> None:
         self.path = path
         self.name = name
         self.split = split
         self.column = column
         self.revision = revision
+        self.about = about or {}
 
     def documents(self) -> Iterator[Document]:
-        rows = _rows(
-            self.path, self.column, path=self.path, name=self.name, split=self.split, revision=self.revision
-        )
-        for number, text in enumerate(rows):
-            yield from _document(f"{self.path}:{self.split}:{number}", [text])
+        arguments = {"path": self.path, "name": self.name, "split": self.split, "revision": self.revision}
+        rows = _rows(self.path, self.column, self.about, **arguments)
+        for number, (text, about) in enumerate(rows):
+            yield from pieces(f"{self.path}:{self.split}:{number}", [text], about)
 
     def inputs(self) -> dict[str, Any]:
         """Of a folder its files; of a Hub name the revision, so name one where it must not move."""
@@ -194,14 +224,14 @@ class Parts:
                 )
 
     def inputs(self) -> dict[str, Any]:
-        return {part: source.inputs() for part, source in self.parts.items()}
+        return {"parts": [[part, source.inputs()] for part, source in self.parts.items()]}  # in their order
 
     def size(self) -> int | None:
         sizes = [source.size() for source in self.parts.values()]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
 
-def _document(id: str, texts: Iterable[str]) -> Iterator[Document]:
+def pieces(id: str, texts: Iterable[str], about: Mapping[str, str] = NOTHING) -> Iterator[Document]:
     """The pieces of a document whose text comes in parts of any size."""
     rest = ""
     for text in texts:
@@ -210,11 +240,11 @@ def _document(id: str, texts: Iterable[str]) -> Iterator[Document]:
         while len(rest) - start > 2 * PIECE:
             cut = CUT.search(rest, start + PIECE, start + 2 * PIECE)
             stop = cut.start() if cut else start + PIECE
-            yield Document(id, rest[start:stop], ends=False)
+            yield Document(id, rest[start:stop], ends=False, about=about)
             start = stop
         rest = rest[start:]
     if rest:
-        yield Document(id, rest)
+        yield Document(id, rest, about=about)
 
 
 def _utf8(path: Path) -> Iterator[str]:
@@ -253,8 +283,10 @@ def _topics() -> dict[str, str]:
         return {}
 
 
-def _rows(where: str, column: str, **arguments: Any) -> Iterator[str]:
-    """The texts of a column, through `datasets` in streaming mode."""
+def _rows(
+    where: str, column: str, about: Mapping[str, str], **arguments: Any
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """The texts of a column and what others say about them, through `datasets` in streaming mode."""
     import datasets  # costs seconds; only those who read through it pay
 
     datasets.disable_progress_bars()
@@ -262,15 +294,28 @@ def _rows(where: str, column: str, **arguments: Any) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(**arguments, streaming=True)
         columns = rows.column_names or list(next(iter(rows), {}))
-        if columns and column not in columns:
-            raise ValueError(f"no column {column!r}, only {', '.join(columns)}; set data.source.column")
-        batches = rows.select_columns([column]).with_format("arrow").iter(1000) if columns else ()
+        for key, wanted in {"column": column, **{f"about.{name}": about[name] for name in about}}.items():
+            if columns and wanted not in columns:
+                raise ValueError(f"no column {wanted!r}, only {', '.join(columns)}; set data.source.{key}")
+        used = list({column: None} | dict.fromkeys(about.values()))
+        batches = rows.select_columns(used).with_format("arrow").iter(1000) if columns else ()
         for table in batches:
-            yield from _texts(table[column].to_pylist(), column)
+            known = ({name: table[about[name]][row].as_py() for name in about} for row in range(len(table)))
+            for text, facts in zip(_texts(table[column].to_pylist(), column), known, strict=True):
+                yield text, {name: _said(fact) for name, fact in facts.items() if fact is not None} or NOTHING
     except GeneratorExit:
         raise
     except Exception as error:  # readers fail in many classes of their own
-        raise ValueError(f"data.source: {where}: {one_line(error.__cause__ or error)}") from error
+        line = f"data.source: {where}: {one_line(error.__cause__ or error)}"
+        away = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(NETWORK)
+        raise (OSError if away else ValueError)(line) from error
+
+
+def _said(value: Any) -> str:
+    """A fact as text; a day that a reader took for a moment is a day again."""
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
+        value = value.date()
+    return value.isoformat() if isinstance(value, datetime.date) else str(value)
 
 
 def _texts(values: list[Any], column: str) -> Iterator[str]:

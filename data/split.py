@@ -59,9 +59,9 @@ class ByPosition:
             before, after = document.text[: max(left, 0)], document.text[max(left, 0) :]
             left -= len(document.text)
             if before:
-                yield "train", Document(document.id, before, document.ends or left <= 0)
+                yield "train", document._replace(text=before, ends=document.ends or left <= 0)
             if after:
-                yield "validation", Document(document.id, after, document.ends)
+                yield "validation", document._replace(text=after)
 
     def inputs(self) -> dict[str, Any]:
         return {}

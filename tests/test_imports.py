@@ -20,7 +20,7 @@ TRAIN = [
     {"deepspeed_config", "divergence", "hardware", "lock", "ranks", "track"},
     {"rundir"},
     {"objective", "optim", "engine"},
-    {"checkpoint", "elastic", "pretrained", "watchdog"},
+    {"checkpoint", "elastic", "pretrained", "supply", "watchdog"},
     {"eval", "fork", "log"},
     {"start"},
     {"run"},

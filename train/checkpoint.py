@@ -357,7 +357,7 @@ def discard(directory: Path) -> None:
     for left_over in directory.glob(f".{PREFIX}*"):
         _clear(left_over)
     for left_over in directory.glob(f".{LATEST}.*"):
-        left_over.unlink()
+        left_over.unlink(missing_ok=True)
 
 
 def _aside(directory: Path, step: int) -> Path:

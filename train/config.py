@@ -16,7 +16,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from data.curriculum import Curriculum
 from data.loader import METHODS
+from data.order import EqualSteps
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 WANDB_MODES = ("offline", "online", "disabled")
@@ -42,10 +44,22 @@ class Horizon:
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """Which stretches of the corpus share a sequence."""
+    """Which stretches of the corpus share a sequence, and how far they are shuffled."""
 
     method: str = "chunk"  # "chunk": windows cut off one after the other; "best_fit": documents kept whole
     isolate: bool = False  # documents in one sequence do not see each other, and positions restart
+    block: int | None = None  # samples that are shuffled with each other; null: all of an epoch
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """How much of each part of the data is trained on; at most one of weights, temperature and budgets."""
+
+    weights: dict[str, Any] | None = None  # share of the samples by part; null: in proportion to their sizes
+    temperature: float | None = None  # in proportion to size ** (1 / temperature)
+    budgets: dict[str, Any] | None = None  # in proportion to tokens to train on
+    epochs: dict[str, Any] | None = None  # how often a part is seen at most
+    stages: dict[int, dict[str, Any]] | None = None  # weights from a step on
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,8 @@ class RunConfig:
     model: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
     packing: PackingConfig = field(default_factory=PackingConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    curriculum: dict[int, dict[str, Any]] | None = None  # sequence_length, global_batch from a step on
     optim: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -217,7 +233,9 @@ def check(config: RunConfig) -> None:
     _positive(f"horizon.{given[0]}", getattr(config.horizon, given[0]))
     for key in ("model", "objective", "optim", "schedule", "tokenizer"):
         _require("_target_" in getattr(config, key), f"{key}: has no _target_; choose one with {key}=…")
+    steps(config)
     _one_of("packing.method", config.packing.method, METHODS)
+    _positive("packing.block", config.packing.block)
     _check_engine(config.engine)
     _positive("evaluation.every", config.evaluation.every)
     _positive("evaluation.sample_tokens", config.evaluation.sample_tokens)
@@ -272,13 +290,10 @@ def check_world(config: RunConfig, world_size: int) -> None:
         ValueError: the global batch does not divide into micro batches over the ranks.
     """
     size = micro_batch(config, world_size)
-    _require(
-        size > 0 and config.global_batch % (size * world_size) == 0,
-        f"global_batch: {config.global_batch} is not divisible by micro_batch {size or 1} x ranks"
-        f" {world_size}; choose a multiple",
-    )
+    plan = steps(config) if config.curriculum else EqualSteps(config.global_batch)
+    plan.check(size or 1, world_size)
     engine = config.engine
-    accumulates = config.global_batch > size * world_size
+    accumulates = accumulation(config, world_size) > 1
     _require(
         not (accumulates and engine.zero_stage == 0 and engine.precision != "fp32"),
         f"engine.zero_stage: 0 would add up micro batches in {engine.precision}; set 1, which adds in fp32",
@@ -303,9 +318,23 @@ def check_device(config: RunConfig) -> None:
         )
 
 
+def steps(config: RunConfig) -> Curriculum:
+    """What each step is made of.
+
+    Raises:
+        ValueError: a stage of the curriculum that is not one.
+    """
+    return Curriculum(config.sequence_length, config.global_batch, config.curriculum or {})
+
+
 def micro_batch(config: RunConfig, world_size: int) -> int:
-    """Sequences per rank and forward pass; 0 where the global batch is smaller than the world."""
-    return config.micro_batch or config.global_batch // world_size
+    """Sequences of sequence_length per rank and forward pass; 0 where a step has fewer than ranks."""
+    return config.micro_batch or steps(config).micro_batch(world_size)
+
+
+def accumulation(config: RunConfig, world_size: int) -> int:
+    """Most forward passes of a rank in one step."""
+    return steps(config).most // (micro_batch(config, world_size) * world_size)
 
 
 def total_steps(config: RunConfig, samples: int) -> int:
@@ -314,9 +343,9 @@ def total_steps(config: RunConfig, samples: int) -> int:
     if horizon.steps is not None:
         return horizon.steps
     if horizon.tokens is not None:
-        return math.ceil(horizon.tokens / (config.global_batch * config.sequence_length))
+        return steps(config).steps(math.ceil(horizon.tokens / config.sequence_length))
     assert horizon.epochs is not None
-    return math.ceil(horizon.epochs * samples / config.global_batch)
+    return steps(config).steps(math.ceil(horizon.epochs * samples))
 
 
 def changed(before: RunConfig, after: RunConfig) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.config import RunConfig, micro_batch
+from train.config import RunConfig, accumulation, micro_batch
 
 
 def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -13,11 +13,11 @@ def derive(config: RunConfig, world_size: int) -> dict[str, Any]:
     Schema: https://www.deepspeed.ai/docs/config-json/
     """
     engine = config.engine
-    size = micro_batch(config, world_size)
+    size, passes = micro_batch(config, world_size), accumulation(config, world_size)
     derived: dict[str, Any] = {
-        "train_batch_size": config.global_batch,
+        "train_batch_size": passes * size * world_size,  # of the largest steps; the engine counts by itself
         "train_micro_batch_size_per_gpu": size,
-        "gradient_accumulation_steps": config.global_batch // (size * world_size),
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": engine.gradient_clipping,
         "steps_per_print": 2**31,  # the loop prints for itself
         "zero_allow_untested_optimizer": True,

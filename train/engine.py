@@ -282,7 +282,8 @@ class Engine:
         self._verdict: bool | None = None
         self._norm: float | None = None
         self._scale = self._missing_loss_scale()
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             batch_sum, _, counts = self.objective(self.engine, batch)
             # DeepSpeed averages gradients over ranks; the objective sums over tokens.
             factor = self._scale * self.world.size / max(1.0, total)

@@ -154,6 +154,7 @@ class Window:
     data_wait_share: float
     steps: int
     tokens: int
+    flops: int
     count: int
     loss_sum: Tensor
     skipped: int
@@ -192,10 +193,11 @@ class Meter:
         self._loss_sum = mine * state["loss_sum"]
         self._metrics = {name: mine * value for name, value in state["metrics"].items()}
 
-    def add(self, step: Step, tokens: int) -> None:
-        """One more step, over `tokens` tokens."""
+    def add(self, step: Step, tokens: int, flops: int) -> None:
+        """One more step, over `tokens` tokens, of `flops` operations on all ranks."""
         self._steps += 1
         self._tokens += tokens
+        self._flops += flops
         self._count += step.count
         self._skipped += step.skipped
         self._loss_sum = self._loss_sum + step.loss_sum
@@ -215,7 +217,7 @@ class Meter:
         waited = self._loader.waited_s - self._waited_s
         share = waited / seconds
         loss_sum = torch.as_tensor(self._loss_sum)
-        counts = (self._steps, self._tokens, self._count)
+        counts = (self._steps, self._tokens, self._flops, self._count)
         metrics = {name: torch.as_tensor(value) for name, value in self._metrics.items()}
         window = Window(seconds, share, *counts, loss_sum, self._skipped, metrics)
         self._reset()
@@ -223,7 +225,7 @@ class Meter:
 
     def _reset(self) -> None:
         self.start()
-        self._steps = self._tokens = self._count = self._skipped = 0
+        self._steps = self._tokens = self._flops = self._count = self._skipped = 0
         self._loss_sum = 0.0
         self._metrics = {}
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from data.shards import TokenStream, read_manifest
 from data.tokenizer import load_tokenizer
 from model.flops import count
 from train import checkpoint, deepspeed_config, hardware
-from train.config import RunConfig, load, micro_batch, total_steps
+from train.config import RunConfig, load, micro_batch
 from train.divergence import Event, Monitor, offending, position, rollback_targets
 from train.elastic import redistribute
 from train.engine import Engine, World, start_world, stop_world
@@ -39,6 +40,7 @@ from train.pretrained import load_pretrained
 from train.ranks import end_torchrun, end_with, lost_in_one_line, say
 from train.rundir import RunDir, environment
 from train.start import build_model
+from train.supply import supply
 from train.watchdog import RESTORE, Watchdog
 
 UNIGRAM_TOKENS = 2**20  # of training text that the unigram model counts
@@ -62,14 +64,19 @@ class Run:
         self.tokenizer = load_tokenizer(prepared / "tokenizer")
         self.baselines = read_manifest(prepared)["splits"]["validation"]
         self.objective = instantiate(config.objective, "objective")
-        self.collate = self.objective.collator(prepared, config.sequence_length, config.packing.isolate)
-        self.stream = self.objective.training_stream(prepared)
+        self.supply = supply(config, self.objective, prepared)
+        self.packing, self.collate = self.supply.packing, self.supply.collate
+        self.stream = TokenStream(prepared, "train")
         self.validation = TokenStream(prepared, "validation")
         self.schedule = instantiate(config.schedule, "schedule")
         with world.device:
             model = build_model(config, self.stream.vocabulary_size)
         share = self.objective.predicted_share
         self.counts = count(model, config.sequence_length, share)  # type: ignore[arg-type]
+        self.flops_per_token = {
+            length: count(model, length, share).training_flops_per_token  # type: ignore[arg-type]
+            for length in self.supply.steps.lengths
+        }
         if config.model.get("init_from") and not checkpoint.steps(rundir.checkpoints):
             load_pretrained(model, Path(config.model["init_from"]))
         optimizer = instantiate(config.optim, "optim")
@@ -79,19 +86,17 @@ class Run:
         )
         self.saver = checkpoint.Saver(self.engine, rundir.checkpoints, config.checkpoint)
         self.layout = {"world_size": world.size, "zero_stage": config.engine.zero_stage}
-        self.packing = pack(self.stream, config.packing.method, self.collate, training=True)
         self.held_out = pack(self.validation, config.packing.method, self.collate, training=False)
-        self.total_steps = total_steps(config, self.packing.samples)
+        self.total_steps = self.supply.total_steps
         self.shape: dict[str, Any] = {
             "micro_batch": micro_batch(config, world.size),
             "rank": world.rank,
             "world_size": world.size,
         }
-        order = Order(self.packing.samples, config.global_batch, config.seed)
-        self.loader = Loader(self.packing, order, self.collate, **self.shape)
+        collates = self.supply.collates
+        self.loader = Loader(self.packing, self.supply.order, self.collate, **self.shape, collates=collates)
         peak = hardware.peak_flops(config.engine.precision)
         self.peak_flops = None if peak is None else world.sum(peak)[0]
-        self.tokens_per_step = config.global_batch * config.sequence_length
         self.meter = Meter(self.loader)
         self.log: Log | None = None  # rank 0 opens it when training starts
         self.passed_over: list[int] = []  # positions in the order of the data that are left out, sorted
@@ -108,6 +113,7 @@ class Run:
         """
         self.stop = stop
         first, notes = self._restore()
+        self.watchdog.mark(first, "start")
         self.done = self.saved = self.saver.begun = first  # steps: made, and in the newest checkpoint
         stop.training(self.config.stop.grace, self.config.stop.time_limit)
         self._open_log(first, notes)
@@ -144,7 +150,8 @@ class Run:
             return
         if self.event and self.event.action == "skip":  # its loss would hide those of the steps beside it
             result = dataclasses.replace(result, loss_sum=torch.zeros(()), count=0, metrics={})
-        self.meter.add(result, self.tokens_per_step)
+        before, after = self._spent(step), self._spent(step + 1)
+        self.meter.add(result, *(b - a for a, b in zip(before, after, strict=True)))
         self.done = step + 1
         if _due(self.done, config.log.every, total):
             self._log_train(self.done, result.gradient_norm, self.meter)
@@ -154,6 +161,18 @@ class Run:
             if self._evaluation_due():
                 self._evaluate()
         self._advance()
+
+    def _spent(self, step: int) -> tuple[int, int]:
+        """Tokens in the first `step` steps, and the floating-point operations to train on them."""
+        tokens = operations = 0
+        end, stages = position(step, self.passed_over), self.supply.steps.stages
+        for stage, following in zip_longest(stages, stages[1:]):
+            until = min(end, following.step) if following else end
+            left_out = sum(stage.step <= place < until for place in self.passed_over)
+            spent = max(0, until - stage.step - left_out) * stage.global_batch * stage.sequence_length
+            tokens += spent
+            operations += spent * self.flops_per_token[stage.sequence_length]
+        return tokens, operations
 
     def _look_around(self) -> None:
         """Between two steps: end the save that all ranks have written, and raise Interrupted on all of them
@@ -206,9 +225,10 @@ class Run:
         self.watchdog.mark(step, RESTORE)
         self.monitor.rolled_back(step)
         back, left_out, problem = self.world.broadcast(self._way_back(step) if self.world.rank == 0 else None)
-        self.saved = back
         if problem:
+            self.saved = min(back, self.done - 1)  # even if there is one of this step: it may be damaged
             return problem
+        self.saved = back
         self.passed_over = sorted({*self.passed_over, *left_out})
         self._load(back)
         self.done = back
@@ -276,15 +296,17 @@ class Run:
         self.passed_over = sorted({*self.passed_over, *state["passed_over"]})
         if self._begins_on_other_text(step):
             self.monitor = Monitor(self.config.divergence, self.monitor.rollbacks)
+            self.meter.read()
         else:
             self.monitor.load_state(state["monitor"])
-        self.meter.load_state(state["meter"], self.world.rank)
+            self.meter.load_state(state["meter"], self.world.rank)
+        self.world.barrier()  # for whoever reads it fastest to be told from one who hangs
         return state["step"]
 
     def _begins_on_other_text(self, step: int) -> bool:
         """Whether a fork begins here on data whose losses are not to be compared with its parent's."""
         lineage = self.rundir.lineage()
-        other = ("data", "objective", "packing")
+        other = ("data", "objective", "packing", "mixture", "curriculum")
         return (
             lineage is not None
             and lineage["parent_step"] == step
@@ -304,7 +326,7 @@ class Run:
             self._settle()
         if self.saved == self.done:
             return f"saved at step {self.done}" if self.done else "before the first step: nothing to save"
-        last = f"the last checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint"
+        last = f"the last checkpoint is of step {self.saved}" if self.saved > 0 else "there is no checkpoint"
         return f"step {self.done} could not be saved, {last}; make room, and the same command goes on"
 
     def _settle(self) -> None:
@@ -354,7 +376,7 @@ class Run:
         self.log.say(
             f"{self.config.directory}: {parameters / 1e6:,.1f} M parameters,"
             f" {self.stream.tokens:,} training tokens, {self.total_steps:,} steps of"
-            f" {self.tokens_per_step:,} tokens, {self.world.size} rank(s),"
+            f" {self.config.global_batch * self.config.sequence_length:,} tokens, {self.world.size} rank(s),"
             f" ZeRO-{self.config.engine.zero_stage}, {self.config.engine.precision}"
         )
         for note in notes:
@@ -419,7 +441,7 @@ class Run:
         if not self.log:
             return
         tokens_per_s = window.tokens / window.seconds
-        flops_per_s = tokens_per_s * self.counts.training_flops_per_token
+        flops_per_s = window.flops / window.seconds
         metrics = dict(zip(names, sums, strict=True))
         loss = (loss_sum - metrics.get(AUXILIARY, 0.0)) / window.count if window.count else math.nan
         self._write(
@@ -434,6 +456,7 @@ class Run:
             memory_bytes=int(memory),
             data_wait_share=window.data_wait_share,
             skipped_steps=window.skipped,
+            **self.supply.shares(position(step, self.passed_over)),
             **metrics,
         )
         left = (self.total_steps - step) * window.seconds / window.steps
@@ -506,12 +529,12 @@ class Run:
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if not self.log:
             return
-        tokens = step * self.tokens_per_step
+        tokens, operations = self._spent(step)
         self.log.write(
             kind,
             step,
             tokens=tokens,
-            flops=tokens * self.counts.training_flops_per_token,
+            flops=operations,
             elapsed_s=self.log.elapsed_before + time.perf_counter() - self.started,
             **values,
         )
@@ -549,7 +572,7 @@ def run(rundir: RunDir) -> None:
             rundir.unlock()
             stop_world()
     if interrupted:
-        if interrupted not in ("SIGTERM", "SIGINT"):  # which a launcher has got as well
+        if interrupted not in ("SIGTERM", "SIGINT"):  # a launcher that got these ends by itself
             end_torchrun()
         sys.exit(REQUEUE)
 

@@ -170,7 +170,12 @@ def _same_tokens(before: Path, now: Path) -> bool:
         return True
     if not (before / MANIFEST).exists() or not (now / MANIFEST).exists():
         return False
-    return read_manifest(before)["splits"] == read_manifest(now)["splits"]
+    return _tokens_of(before) == _tokens_of(now)
+
+
+def _tokens_of(prepared: Path) -> dict[str, list[str]]:
+    splits = read_manifest(prepared)["splits"]
+    return {name: [shard["sha256"] for shard in split["shards"]] for name, split in splits.items()}
 
 
 def command() -> str:

@@ -10,15 +10,15 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from data.cli import instantiate
-from data.loader import pack
 from data.prepare import prepare
 from data.shards import read_manifest
 from data.tokenizer import load_tokenizer
-from train.config import RunConfig, check_device, check_world, total_steps
+from train.config import RunConfig, check_device, check_world
 from train.eval.sample import encoded_prompt
 from train.fork import check_fork, fork_config, fork_step, take_checkpoint
 from train.pretrained import check_pretrained
 from train.rundir import RunDir
+from train.supply import supply
 
 
 def begin(config: RunConfig, world_size: int) -> RunDir:
@@ -40,9 +40,8 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
         rundir.check_resume(config)
         step = fork_step(config, rundir)
         prepared = prepare(OmegaConf.create(config.data), OmegaConf.create(config.tokenizer))
-        collate = objective.collator(prepared, config.sequence_length, config.packing.isolate)
+        planned = supply(config, objective, prepared)
         inputs = objective.inputs(prepared)
-        packing = pack(objective.training_stream(prepared), config.packing.method, collate, training=True)
         with torch.device("meta"):
             model = build_model(config, read_manifest(prepared)["vocabulary_size"])
         tokenizer = load_tokenizer(prepared / "tokenizer")
@@ -51,7 +50,7 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
         if config.evaluation.prompt is not None:
             check_prompt(model, tokenizer, config.evaluation.prompt)
         if step is not None:
-            check_fork(config, step, total_steps(config, packing.samples), tokenizer)
+            check_fork(config, step, planned.total_steps, tokenizer)
         rundir.freeze(config, prepared, inputs)
         if step is not None:
             take_checkpoint(config, rundir, step)

@@ -41,6 +41,7 @@ class Stop:
         self._grace, self._time_limit = 0.0, float("inf")
         self._receiver: Callable[[int], None] | None = None
         self._requested: str | None = None
+        self._saved = False
         self._noticed: int | None = None  # the signal that the main thread unwinds for
         self._first_interrupt: float | None = None
         self._end: tuple[float, str, int] | None = None  # when, with which line and exit code
@@ -72,9 +73,8 @@ class Stop:
         self._phase = "training"
 
     def saved(self) -> None:
-        """All is saved: what is still to end after the grace is not worth a warning."""
-        if self._end is not None:
-            self._end = self._end[0], "saved; what was left to do took longer than the grace", REQUEUE
+        """All is saved: what is still to be done is not worth a warning."""
+        self._saved = True
 
     @contextmanager
     def unwinding(self) -> Iterator[None]:
@@ -157,6 +157,8 @@ class Stop:
     def _time_is_over(self) -> None:
         assert self._end is not None
         at, line, code = self._end
+        if self._saved:
+            line = f"saved; what was left to do took longer than the grace of {self._grace:g} s (stop.grace)"
         if time.monotonic() >= at:  # else the main thread has noticed, and was given more time
             self._exit(line, code)
 

@@ -146,7 +146,7 @@ class Watchdog:
                 return False
             states = self._board.read("state", range(self.size))
         except (RuntimeError, TimeoutError):
-            return own.age > self.timeout
+            return own.age > self.timeout and own.phase != RESTORE
         silent = {state.rank for state in states if self._is_silent(state)}
         fewest = min(state.marks for state in states if state.ticks >= 0)
         slowest = [state for state in states if state.ticks >= 0 and state.marks == fewest]

@@ -89,7 +89,7 @@ def test_a_mistake_of_the_user_is_one_line_and_a_bug_a_traceback(capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("data=nope", "error: data=nope: no such choice; there are csv, "),
+        ("data=nope", "error: data=nope: no such choice; there are cleaned, csv, "),
         ("data.nope=1", "error: data.nope: no such key; there are name, source, validation, directory"),
         (
             "+tokenizer.sizee=1",

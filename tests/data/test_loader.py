@@ -1,17 +1,22 @@
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from data.collate.causal import Causal
+from data.curriculum import Curriculum
 from data.loader import IGNORED, Batch, Loader, evaluation_batches, pack
-from data.order import Order
-from data.packing import Packing, Sample
+from data.mix import Mixture
+from data.order import Order, Ordered
+from data.packing import Joined, Packing, Readable, Sample
 from data.shards import TokenStream
 from tests.data.conftest import StreamOf
+from tests.data.documents import numbered, write_documents
 
 LENGTH = 4
 
@@ -63,6 +68,67 @@ def test_the_global_batch_does_not_depend_on_ranks_and_micro_batches(
         assert Counter(row for share in shares for row in rows(share)) == Counter(whole)
         in_order = [row for micros in zip(*shares, strict=True) for row in rows(list(micros))]
         assert in_order == whole
+
+
+WORLDS = [(1, 1), (1, 2), (2, 1), (1, 6), (2, 3), (3, 2), (6, 1)]
+
+
+def union(packing: Readable, order: Ordered, step: int, micro: int, ranks: int, **more: Any) -> list[Any]:
+    """The rows of a step on all ranks, sorted."""
+    found = []
+    for rank in range(ranks):
+        rank_loader = Loader(
+            packing, order, Causal(LENGTH, 0), micro_batch=micro, rank=rank, world_size=ranks, ahead=0, **more
+        )
+        found += rows(rank_loader.step(step))
+        rank_loader.close()
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), WORLDS)
+def test_a_mixture_gives_the_same_union_in_any_world(tmp_path: Path, ranks: int, micro: int) -> None:
+    texts = {"a": [50, 39], "b": [49]}
+    for name in texts:
+        (tmp_path / name).mkdir()
+    streams = [write_documents(tmp_path / name, numbered(lengths)) for name, lengths in texts.items()]
+    packing = Joined([chunks(stream) for stream in streams])
+    sizes = {"a": packing.parts[0].samples, "b": packing.parts[1].samples}
+    order = Mixture(sizes, 6, seed=1, weights={"a": 1, "b": 2})
+    for step in (0, 1, 9):
+        whole = sorted(tuple(packing.sample(int(i)).tokens.tolist()) for i in order.step(step))
+        assert union(packing, order, step, micro, ranks) == whole
+
+
+@pytest.mark.parametrize(("ranks", "micro"), WORLDS)
+def test_shorter_rows_give_the_same_union_in_any_world(stream_of: StreamOf, ranks: int, micro: int) -> None:
+    packing = chunks(stream_of(range(1, 90)))
+    curriculum = Curriculum(
+        LENGTH,
+        12,
+        {0: {"sequence_length": 1, "global_batch": 24}, 2: {"sequence_length": 2}, 4: {"sequence_length": 4}},
+    )
+    order = Order(packing.samples, curriculum, seed=1)
+    shorter = {length: Causal(length, 0) for length in (1, 2)}
+    for step in (0, 1, 2, 3, 4, 11):
+        length = curriculum.stage(step).sequence_length
+        whole = [packing.sample(int(i)).tokens.reshape(-1, length) for i in order.step(step)]
+        expected = sorted(tuple(row) for row in np.concatenate(whole).tolist())
+        assert len(expected) == curriculum.stage(step).global_batch
+        assert union(packing, order, step, micro, ranks, collates=shorter) == expected
+    rank = Loader(
+        packing, order, Causal(LENGTH, 0), micro_batch=micro, rank=0, world_size=ranks, collates=shorter
+    )
+    for step in range(6):  # as many tokens in each forward pass
+        assert {batch["labels"].numel() for batch in rank.step(step)} == {micro * LENGTH}
+    rank.close()
+
+
+def test_a_world_that_a_stage_cannot_be_dealt_out_to_is_refused(stream_of: StreamOf) -> None:
+    packing = chunks(stream_of(range(1, 90)))
+    curriculum = Curriculum(LENGTH, 12, {0: {"sequence_length": 2}, 5: {"sequence_length": 4}})
+    order = Order(packing.samples, curriculum, seed=1)
+    with pytest.raises(ValueError, match=r"^curriculum.0: 12 sequences of 2 are 6 of 4, not divisible"):
+        Loader(packing, order, Causal(LENGTH, 0), micro_batch=4, rank=0, world_size=1)
 
 
 def test_a_jump_gives_what_a_fresh_loader_gives(stream_of: StreamOf) -> None:

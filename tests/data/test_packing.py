@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.packing import PADDING, BestFit, Chunks, Packing, Sample, document_ids
+from data.packing import PADDING, BestFit, Chunks, Joined, Packing, Sample, document_ids
 from data.shards import TokenStream
 from tests.data.documents import END, numbered, write_documents
 
@@ -182,3 +182,63 @@ def test_chance_depends_on_the_seed_and_the_key_alone() -> None:
     assert len(set(draws.values())) == len(draws)
     for (seed, epoch, index), drawn in draws.items():
         assert tuple(sample(epoch, index, step=epoch + 7).random(seed).integers(0, 2**63, 4)) == drawn
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("method", ["chunks with the rest", "best fit"])
+def test_the_rows_of_a_sample_are_those_of_a_packing_of_their_length(
+    stream: TokenStream, method: str, length: int
+) -> None:
+    packing = make(method, stream, 12)
+    for index in range(packing.samples):
+        whole = packing.sample(index, epoch=3, step=7)
+        rows = whole.cut(length, 12 // length)
+        assert len(rows) == 12 // length
+        assert np.concatenate([row.tokens for row in rows]).tolist() == whole.tokens.tolist()
+        assert all(len(row.tokens) == length for row in rows[: len(whole.tokens) // length])
+        assert [row.key for row in rows] == (
+            [(3, index, row) for row in range(len(rows))] if len(rows) > 1 else [(3, index)]
+        )
+        for row in rows:
+            assert row.step == 7 and row.tokens.dtype == row.before.dtype == row.bounds.dtype == np.int64
+            assert row.bounds[0] == 0 and row.bounds[-1] == len(row.tokens)
+            assert (np.diff(row.bounds) > 0).all() and len(row.before) == len(row.bounds) - 1
+            for piece, before in enumerate(row.before):  # tokens are all different: a value is a place
+                place = np.flatnonzero(stream.read(0, stream.tokens) == row.tokens[row.bounds[piece]])
+                if row.tokens[row.bounds[piece]] != END:
+                    assert before == stream.read(place[0] - 1, place[0])[0]
+
+
+def test_cutting_keeps_the_pieces_of_documents_apart() -> None:
+    whole = Sample(
+        np.array([11, 12, 0, 21, 22, 23, 0, 31]), np.array([10, 0, 0]), np.array([0, 3, 7, 8]), (0, 5)
+    )
+    rows = whole.cut(2, 5)
+    assert [row.tokens.tolist() for row in rows] == [[11, 12], [0, 21], [22, 23], [0, 31], []]
+    assert [row.before.tolist() for row in rows] == [[10], [12, 0], [21], [23, 0], []]
+    assert [row.bounds.tolist() for row in rows] == [[0, 2], [0, 1, 2], [0, 2], [0, 1, 2], [0]]
+    draws = {tuple(row.random(1).integers(0, 2**63, 2)) for row in rows}
+    assert len(draws) == 5
+
+
+def test_joined_packings_are_read_as_one(tmp_path: Path) -> None:
+    streams = []
+    for name, lengths in {"a": [9, 9, 2], "b": [30], "c": [3, 4]}.items():
+        (tmp_path / name).mkdir()
+        streams.append(write_documents(tmp_path / name, numbered(lengths, first=100 * len(streams) + 1)))
+    parts = [make("chunks", streams[0], 5), make("best fit", streams[1], 5), make("chunks", streams[2], 5)]
+    joined = Joined(parts)
+    assert (joined.samples, joined.window) == (sum(part.samples for part in parts), 5)
+    separate = [part.sample(i) for part in parts for i in range(part.samples)]
+    for index, alone in enumerate(separate):
+        found = joined.sample(index, epoch=2, step=4)
+        assert (found.key, found.step) == ((2, index), 4)
+        assert (
+            found.tokens.tolist() == alone.tokens.tolist() and found.before.tolist() == alone.before.tolist()
+        )
+        assert found.bounds.tolist() == alone.bounds.tolist()
+    past = joined.sample(joined.samples + 1, epoch=1)
+    assert (len(past.tokens), past.key) == (0, (1, joined.samples + 1))
+    usages = [part.usage() for part in parts]
+    assert joined.usage().cut_documents == sum(usage.cut_documents for usage in usages) > 0
+    assert joined.usage().dropped_tokens == sum(usage.dropped_tokens for usage in usages) > 0

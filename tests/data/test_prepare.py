@@ -10,9 +10,10 @@ import pytest
 import zstandard
 from omegaconf import DictConfig, OmegaConf
 
-from data import encode, shards, tokenizer
+from data import encode, shards, sources, tokenizer
 from data.prepare import prepare
 from data.shards import TokenStream, read_manifest
+from data.sources import Document
 from data.tokenizer import load_tokenizer
 from tests.killing import killed_at
 
@@ -175,19 +176,20 @@ def test_many_batches_and_shards_give_the_same_as_one(
 def test_a_killed_preparation_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, texts: dict[str, str], text_config: TextConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at its changes to the disk, each time one further on, through notes, shards and frames."""
+    """Killed at its changes to the disk, each time further on, through notes, shards, frames and documents of
+    several pieces; by machines of more and fewer cores."""
     config = text_config(f"{tmp_path}/corpus/*.txt", validation=BY_DOCUMENT)
-    for module, name, value in ((encode, "BATCH", 300), (encode, "NOTED", 700), (shards, "FRAME", 5)):
+    for module, name, value in ((sources, "PIECE", 90), (encode, "NOTED", 700), (shards, "FRAME", 5)):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(shards.SplitWriter.__init__, "__defaults__", (512, None))
     whole = prepare(config, BYTES, progress=False)
     broken = text_config(**_elsewhere(config, tmp_path))
-    deaths, starts, noted = 1, 0, False
+    deaths, starts = 1, 0
     while killed_at(deaths, lambda: prepare(broken, BYTES, progress=False)):
-        deaths += 3
+        deaths += 1
         starts += 1
-        noted |= any((tmp_path / "elsewhere").glob(".*.partial/progress.json"))
-    assert starts > 3 and noted
+        monkeypatch.setattr(encode, "BATCH", 200 + 100 * (starts % 3))
+    assert starts > 10
     again = prepare(broken, BYTES, progress=False)
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
@@ -196,6 +198,46 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_bytes(
             assert (whole / file).read_bytes() == (again / file).read_bytes(), file
     first, second = (read_manifest(folder) for folder in (whole, again))
     assert first["splits"] == second["splits"] and first["round_trip"] == second["round_trip"]
+
+
+def test_an_interrupted_preparation_does_not_encode_again(
+    tmp_path: Path, texts: dict[str, str], text_config: TextConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = text_config(f"{tmp_path}/corpus/*.txt", validation=BY_DOCUMENT)
+    seen: list[str] = []
+    look = encode.RoundTrip.look
+
+    def interrupted(self: encode.RoundTrip, document: Document, ids: np.ndarray) -> None:
+        seen.append(document.id)
+        if len(seen) == 30:
+            raise KeyboardInterrupt
+        look(self, document, ids)
+
+    monkeypatch.setattr(encode, "BATCH", 300)
+    monkeypatch.setattr(encode, "NOTED", 700)
+    monkeypatch.setattr(encode.RoundTrip, "look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, BYTES, progress=False)
+    (left,) = (tmp_path / "prepared").iterdir()
+    content = (left / "progress.json").read_text()
+    folder = prepare(config, BYTES, progress=False)
+    assert 40 < len(seen) < 55 and set(seen) == {Path(path).name for path in texts}
+    assert not list(folder.glob("*progress*")) and not (folder / "lock").exists()
+
+    # The same note beside another text: the source has changed in a way that its inputs do not tell.
+    other = text_config(**_elsewhere(config, tmp_path))
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        prepare(other, BYTES, progress=False)
+    (left,) = (tmp_path / "elsewhere").iterdir()
+    assert json.loads(content)["items"] > 5
+    note = json.loads((left / "progress.json").read_text())
+    (left / "progress.json").write_text(json.dumps(note | {"digest": "0"}))
+    with pytest.raises(
+        ValueError, match="^data.source: gives other text than before .*; run the same command"
+    ):
+        prepare(other, BYTES, progress=False)
+    assert prepare(other, BYTES, progress=False).name == folder.name
 
 
 def test_what_is_known_of_each_document_is_kept(

@@ -1,3 +1,4 @@
+import gzip
 import json
 import sysconfig
 from collections.abc import Callable
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import zstandard
 
 from data.cli import instantiate
 from data.sources import PIECE, HuggingFace, Parts, PythonLibrary, Rows, Source, TextFiles
@@ -153,6 +155,34 @@ def test_a_missing_column_is_named_beside_those_there_are(tmp_path: Path, format
         read(Rows(format, path, column="a"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("format", ["json", "parquet", "csv"])
+def test_rows_keep_what_their_columns_say(tmp_path: Path, format: str) -> None:
+    columns = {"text": ["a", "b" * 3 * PIECE, ""], "license": ["MIT", None, "x"], "day": ["2024-01-05"] * 3}
+    path = write_rows(format, tmp_path, columns)
+    source = Rows(format, path, about={"licence": "license", "retrieved": "day"})  # type: ignore[arg-type]
+    first, *pieces = source.documents()
+    assert first.about == {"licence": "MIT", "retrieved": "2024-01-05"}
+    assert len(pieces) > 1 and all(piece.about == {"retrieved": "2024-01-05"} for piece in pieces)
+    missing = Rows(format, path, about={"licence": "licence"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no column 'licence', only .*; set data\.source\.about\.licence"):
+        read(missing)
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_compressed_rows(tmp_path: Path, ending: str) -> None:
+    lines = "".join(
+        json.dumps({"text": f"{number} {'x' * (number % 97)}"}) + "\n" for number in range(3000)
+    ).encode()
+    compressed = {"gz": gzip.compress, "zst": zstandard.compress}[ending](lines)
+    path = tmp_path / f"rows.jsonl.{ending}"
+    path.write_bytes(compressed)
+    assert len(read(Rows("json", str(path)))) == 3000
+    path.write_bytes(compressed[: len(compressed) // 2])
+    with pytest.raises(ValueError, match=rf"^data\.source: .*rows\.jsonl\.{ending}: ") as caught:
+        read(Rows("json", str(path)))
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_that_cannot_be_read_name_their_file(tmp_path: Path) -> None:
     for name, content in [("latin.jsonl", b'{"text": "\xe9"}\n'), ("broken.jsonl", b'{"text": "a"}\n{"te')]:
         (tmp_path / name).write_bytes(content)
@@ -187,7 +217,7 @@ def test_parts_come_one_after_the_other_with_their_names(tmp_path: Path) -> None
     parts = Parts({name: TextFiles(f"{tmp_path}/{name}/*.txt") for name in ("b", "a")})
     found = [(d.id, d.text, d.part, d.about["source"]) for d in parts.documents()]
     assert found == [("b/x.txt", "text of b", "b", "b"), ("a/x.txt", "text of a", "a", "a")]
-    assert parts.inputs().keys() == {"a", "b"} and parts.size() == 18
+    assert [part for part, _ in parts.inputs()["parts"]] == ["b", "a"] and parts.size() == 18
 
 
 def test_parts_that_cannot_be(tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def test_the_global_batch_must_divide() -> None:
     config = composed("global_batch=12", "micro_batch=4")
     assert micro_batch(config, 3) == 4
     check_world(config, 3)
-    with pytest.raises(ValueError, match="global_batch: 12 is not divisible by micro_batch 4 x ranks 2"):
+    with pytest.raises(ValueError, match="global_batch: 12 is not divisible by micro_batch 4 x 2 ranks"):
         check_world(config, 2)
-    with pytest.raises(ValueError, match="global_batch: 2 is not divisible by micro_batch 1 x ranks 4"):
+    with pytest.raises(ValueError, match="global_batch: 2 is not divisible by micro_batch 1 x 4 ranks"):
         check_world(composed("global_batch=2"), 4)
 
 

@@ -238,7 +238,11 @@ def test_the_meter_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         now.seconds += 2.0
         loader.waited_s += 0.5
         metrics = {"masked": torch.tensor(7)}
-        meter.add(Step(torch.tensor(loss), 30, gradient_norm=1.0, skipped=False, metrics=metrics), tokens=32)
+        meter.add(
+            Step(torch.tensor(loss), 30, gradient_norm=1.0, skipped=False, metrics=metrics),
+            tokens=32,
+            flops=64,
+        )
         with meter.paused():
             now.seconds += 50.0
     window = meter.read()
@@ -246,7 +250,7 @@ def test_the_meter_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (window.steps, window.tokens, window.count, float(window.loss_sum)) == (2, 64, 60, 8.0)
     assert window.metrics == {"masked": 14}
     now.seconds += 3.0
-    meter.add(Step(torch.tensor(1.0), count=5, gradient_norm=1.0, skipped=False), tokens=32)
+    meter.add(Step(torch.tensor(1.0), count=5, gradient_norm=1.0, skipped=False), 32, 64)
     window = meter.read()
     assert (window.seconds, window.tokens, float(window.loss_sum)) == (3.0, 32, 1.0)
 
@@ -254,12 +258,18 @@ def test_the_meter_leaves_out_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_meter_goes_on_with_the_sums_of_all_ranks() -> None:
     loader: Any = SimpleNamespace(waited_s=0.0)
     first, second = Meter(loader), Meter(loader)
-    first.add(Step(torch.tensor(2.0), 30, 1.0, skipped=True, metrics={"masked": torch.tensor(7)}), tokens=32)
+    first.add(
+        Step(torch.tensor(2.0), 30, 1.0, skipped=True, metrics={"masked": torch.tensor(7)}),
+        tokens=32,
+        flops=64,
+    )
     state = json.loads(json.dumps(first.state(lambda *values: [2.0 * float(value) for value in values])))
     windows = []
     for rank in (0, 1):
         second.load_state(state, rank)
-        second.add(Step(torch.tensor(1.0), 30, 1.0, False, metrics={"masked": torch.tensor(1)}), tokens=32)
+        second.add(
+            Step(torch.tensor(1.0), 30, 1.0, False, metrics={"masked": torch.tensor(1)}), tokens=32, flops=64
+        )
         windows.append(second.read())
     assert [(w.steps, w.tokens, w.count, w.skipped) for w in windows] == [(1, 32, 60, 1)] * 2
     assert [float(w.loss_sum) for w in windows] == [5.0, 1.0]

@@ -1,0 +1,116 @@
+"""Mixtures and curricula in whole runs: the same samples and losses whatever the ranks, resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.tiny import begun, config, corpus
+from tests.train.test_run import train_all
+from train.checkpoint import path_of, remove_after
+from train.objective.causal import Causal
+from train.objective.masked import MaskedLM
+from train.records import read_metrics
+from train.rundir import RunDir
+from train.supply import supply
+
+MIXED = ["mixture.weights={a:1,b:3}", "mixture.stages={4:{a:1,b:0}}"]
+GROWING = ["curriculum={0:{sequence_length:8,global_batch:16},2:{sequence_length:16},4:{sequence_length:32}}"]
+EXACT = ["engine.precision=fp32", "model.layers=1", "model.width=32", "model.heads=2"]
+
+
+def parts(folder: Path) -> list[str]:
+    """Overrides of data with two parts."""
+    for name, documents in (("a", 40), ("b", 20)):
+        if not (folder / name).exists():
+            corpus(folder / name, documents)
+    inner = ",".join(f"{name}:{{_target_:data.sources.TextFiles,paths:{folder}/{name}/*}}" for name in "ab")
+    source = ["data.source._target_=data.sources.Parts", "~data.source.paths"]
+    return [*source, f"+data.source.parts={{{inner}}}", "data.validation._target_=data.split.ByDocument"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("supply")
+    mixed = [*parts(folder), *MIXED, *GROWING, *EXACT]
+    found = {name: begun(folder, name, ranks, *mixed) for name, ranks in (("two", 2), ("one", 1))}
+    found["micro"] = begun(folder, "micro", 2, *mixed, "micro_batch=1", "engine=zero3")
+    run_ranks(train_all, 2, [found["two"], found["micro"]])
+    found["resumed"] = Path(shutil.copytree(found["two"], found["two"].with_name("resumed")))
+    remove_after(found["resumed"] / "checkpoints", 3)
+    run_ranks(train_all, 2, [found["resumed"]])
+    run_ranks(train_all, 1, [found["one"]])
+    return found
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    return [r for r in read_metrics(directory / "metrics.jsonl") if r["kind"] == "train"]
+
+
+@pytest.mark.parametrize("name", ["one", "micro", "resumed"])
+def test_losses_agree(runs: dict[str, Path], name: str) -> None:
+    whole, other = ([r["loss"] for r in records(runs[which])] for which in ("two", name))
+    assert len(whole) == 6 and other == pytest.approx(whole, abs=0 if name == "resumed" else 1e-4)
+    first, second = ((runs[which] / "checkpoints") for which in ("two", name))
+    if name == "resumed":
+        weights = "model.safetensors"
+        assert (path_of(first, 6) / weights).read_bytes() == (path_of(second, 6) / weights).read_bytes()
+
+
+def test_tokens_and_shares_are_those_asked_for(runs: dict[str, Path]) -> None:
+    found = records(runs["two"])
+    # 16 sequences of 8, then of 16 and of 32: 4, 8 and 16 samples a step.
+    assert [r["tokens"] for r in found] == [128, 256, 512, 768, 1280, 1792]
+    drawn = [4, 8, 16, 24, 40, 56]
+    for record, samples in zip(found, drawn, strict=True):
+        asked = 0.25 * min(samples, 24) + max(0, samples - 24)
+        assert record["share/a"] * samples == pytest.approx(asked, abs=1)
+        assert record["share/a"] + record["share/b"] == pytest.approx(1)
+    model = json.loads((runs["two"] / "model.json").read_text())
+    per_token = [(b["flops"] - a["flops"]) / (b["tokens"] - a["tokens"]) for a, b in pairwise(found)]
+    assert per_token[-1] == model["training_flops_per_token"]
+    assert per_token[0] < per_token[1] < per_token[-1]  # attention is cheaper in shorter sequences
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["mixture.weights={a:0,b:0}"], "mixture.weights: sum to 0"),
+        (["mixture.weights={a:-1,b:1}"], "mixture.weights.a: -1 is not"),
+        (["mixture.weights={a:1}"], "mixture.weights: b has none"),
+        (["mixture.weights={a:1,b:1,c:1}"], "mixture.weights.c: unknown part"),
+        (
+            ["mixture.temperature=2", "mixture.budgets={a:1,b:1}"],
+            "mixture.budgets: mixture.temperature is given",
+        ),
+        (["mixture.epochs={a:0.1,b:0.1}", "horizon.steps=1000"], "mixture.epochs: every part"),
+        (["curriculum={2:{sequence_length:5}}"], "curriculum.2.sequence_length: 5 does not divide"),
+        (["curriculum={2:{global_batch:9}}"], "curriculum.2: 9 sequences of 32"),
+        (["curriculum={2:{batch:9}}"], "curriculum.2.batch: unknown key"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path: Path, more: list[str], line: str) -> None:
+    with pytest.raises(ValueError, match="^" + line):
+        begun(tmp_path, "refused", 2, *parts(tmp_path), *more)
+
+
+def test_a_mixture_needs_parts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^mixture: the data has no parts to mix"):
+        begun(tmp_path, "refused", 1, "mixture.weights={a:1}")
+
+
+def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    directory = begun(tmp_path, "masked", 1, "experiment=bert-tiny", "sequence_length=32")
+    prepared = RunDir(directory).prepared()
+    growing = config(tmp_path, "sequence_length=32", *GROWING)
+    assert supply(growing, Causal(), prepared).steps.lengths == [8, 16, 32]
+    with pytest.raises(
+        ValueError, match="^curriculum: a sequence of MaskedLM holds 30 tokens of the text in 32"
+    ):
+        supply(growing, MaskedLM(seed=0), prepared)

@@ -117,7 +117,8 @@ class DataSet:
             raise self._one_line(error) from error
 
     def _one_line(self, error: Exception) -> ValueError:
-        return ValueError(f"data.source: {self.where}: {one_line(error.__cause__ or error)}")
+        line = one_line(error.__cause__ or error)
+        return ValueError(line if line.startswith("data.shards") else f"data.source: {self.where}: {line}")
 
 
 def _refuse_few(documents: int, shards: int) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -70,8 +70,9 @@ def write_splits(
     *,
     lossless: bool,
     passed: Callable[[Document], object],
+    splits: Sequence[Split] = SPLITS,
 ) -> dict[str, Any]:
-    """Encode every document and write both splits into `folder`, from where a killed process left off.
+    """Encode every document and write its split into `folder`, from where a killed process left off.
 
     passed: called with each document once it is written. Returns {"splits": their entries in the manifest,
     "round_trip": {"checked", "unequal"}}. Raises ValueError where a split gets no text.
@@ -79,9 +80,9 @@ def write_splits(
     dtype = token_dtype(vocabulary_size(tokenizer))
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype)
     known = _progress(folder)
-    states = known["writers"] if known else dict.fromkeys(SPLITS)
-    writers = {split: SplitWriter(folder, split, dtype, state=states[split]) for split in SPLITS}
-    sizes: dict[str, int] = known["sizes"] if known else dict.fromkeys(SPLITS, 0)
+    states = known["writers"] if known else dict.fromkeys(splits)
+    writers = {split: SplitWriter(folder, split, dtype, state=states[split]) for split in splits}
+    sizes: dict[str, int] = known["sizes"] if known else dict.fromkeys(splits, 0)
     check = RoundTrip(tokenizer, lossless)
     compression = HeldOutCompression()
     done, unnoted = 0, 0  # items in the files; characters of them that are not yet noted
@@ -162,7 +163,7 @@ def _note(folder: Path, progress: dict[str, Any]) -> None:
     os.close(descriptor)
 
 
-def _refuse_empty(entries: dict[str, Any]) -> None:
+def _refuse_empty(entries: Mapping[Split, Any]) -> None:
     if not any(entry["documents"] for entry in entries.values()):
         raise ValueError("data.source: the corpus is empty; name a source that holds text")
     for split, entry in entries.items():

@@ -9,6 +9,7 @@ import torch
 
 from data.order import Ordered
 from data.packing import BestFit, Chunks, Packing, Readable, Sample, Samples
+from data.prefetch import prefetcher
 from data.shards import TokenStream
 
 IGNORED = -100
@@ -89,6 +90,7 @@ class Loader:
         self._pending: dict[int, Future[tuple[list[Batch], dict[str, Any] | None]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._state = self._reading()
+        self._prefetcher = prefetcher(packing, order)
 
     def step(self, step: int) -> list[Batch]:
         """The rank's micro-batches of a step, in order; the steps after it are made while this one trains.
@@ -96,6 +98,8 @@ class Loader:
         Any step may be asked for: steps made ahead that no longer follow are dropped. An error in the
         thread is raised here.
         """
+        if self._prefetcher is not None:
+            self._prefetcher.at(step)
         started = time.perf_counter()
         wanted = range(step, step + 1 + self.ahead)
         for passed in [s for s in self._pending if s not in wanted]:
@@ -122,7 +126,9 @@ class Loader:
         self._state = state
 
     def close(self) -> None:
-        """Stop the thread, and close what it reads."""
+        """Stop the threads, and close what they read."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         self._thread.shutdown(cancel_futures=True)
         if isinstance(self.packing, Resumable):
             self.packing.close()

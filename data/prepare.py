@@ -27,9 +27,10 @@ from tokenizers import Tokenizer
 from data.cli import instantiate, main_guard, one_line_errors
 from data.encode import forget_progress, write_splits
 from data.exclusive import exclusive
-from data.shards import MANIFEST, read_manifest, token_dtype
+from data.remote import fetch
+from data.shards import MANIFEST, SPLITS, read_manifest, token_dtype
 from data.sources import Builds, Document, Source
-from data.split import SplitRule
+from data.split import FromSource, SplitRule
 from data.tokenizer import (
     END_OF_TEXT,
     TokenizerRecipe,
@@ -45,12 +46,17 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be prepared, instantiated from the configuration."""
+    """What is to be prepared, instantiated from the configuration.
+
+    shards: into how many the training text is dealt that is tokenized in training (see data.stream): then
+    only the validation split is prepared; None: all is.
+    """
 
     name: str
     source: Source
     validation: SplitRule
     tokenizer: TokenizerRecipe
+    shards: int | None
     settings: dict[str, Any]
     inputs: dict[str, Any]
 
@@ -67,6 +73,8 @@ def prepare(data: DictConfig, tokenizer: DictConfig, progress: bool = True) -> P
     Raises ValueError in one line on anything wrong with the configuration or the text; nothing is left of the
     folder then.
     """
+    if "address" in data:
+        return fetch(data)
     job = _job(data, tokenizer)
     target = Path(data.directory) / f"{job.name}-{job.fingerprint[:12]}"
     if isinstance(job.source, Builds) and not (target / MANIFEST).is_file():
@@ -78,22 +86,29 @@ def prepare(data: DictConfig, tokenizer: DictConfig, progress: bool = True) -> P
 
 
 def _job(data: DictConfig, tokenizer: DictConfig) -> Job:
-    known = ("name", "source", "validation", "directory")
+    known = ("name", "source", "validation", "directory", "shards")
     for key in data:
         if key not in known:
             raise ValueError(f"data.{key!s}: unknown key; data knows {', '.join(known)}")
     source: Source = instantiate(data.source, "data.source")
     validation: SplitRule = instantiate(data.validation, "data.validation")
     recipe: TokenizerRecipe = instantiate(tokenizer, "tokenizer")
+    shards = data.get("shards")
+    if shards is not None and not isinstance(validation, FromSource):
+        raise ValueError(
+            "data.validation: a stream is not read through for what it holds out; set"
+            " data.validation._target_=data.split.FromSource and its source"
+        )
     text = {key: OmegaConf.to_container(data[key], resolve=True) for key in ("source", "validation")}
     if isinstance(source, Builds):  # its inputs say all that its text depends on
         text["source"] = {"_target_": data.source._target_}
     settings = {
         "data": text,
         "tokenizer": OmegaConf.to_container(tokenizer, resolve=True),
+        **({} if shards is None else {"shards": shards}),
     }
     inputs = {"source": source.inputs(), **validation.inputs(), "tokenizer": recipe.inputs()}
-    return Job(data.name, source, validation, recipe, settings, inputs)
+    return Job(data.name, source, validation, recipe, shards, settings, inputs)
 
 
 def _make(job: Job, folder: Path, meter: "Meter") -> None:
@@ -101,8 +116,15 @@ def _make(job: Job, folder: Path, meter: "Meter") -> None:
         tokenizer = _tokenizer(job, folder / "tokenizer", meter)
         meter.begin("encode", job.source.size())
         started = time.perf_counter()
-        items = job.validation.split(job.source)
-        written = write_splits(items, tokenizer, folder, lossless=job.tokenizer.lossless, passed=meter.passed)
+        streamed = isinstance(job.validation, FromSource) and job.shards is not None
+        written = write_splits(
+            job.validation.held_out() if streamed else job.validation.split(job.source),  # type: ignore
+            tokenizer,
+            folder,
+            lossless=job.tokenizer.lossless,
+            passed=meter.passed,
+            splits=("validation",) if streamed else SPLITS,
+        )
     manifest = {
         "version": VERSION,
         "name": job.name,
@@ -112,6 +134,10 @@ def _make(job: Job, folder: Path, meter: "Meter") -> None:
         "vocabulary_size": vocabulary_size(tokenizer),
         "dtype": token_dtype(vocabulary_size(tokenizer)).name,
         "end_of_text": tokenizer.token_to_id(END_OF_TEXT),
+        "tokenizer": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted((folder / "tokenizer").iterdir())
+        },
         "encode_seconds": round(time.perf_counter() - started, 3),
         **written,
     }

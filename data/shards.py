@@ -21,10 +21,11 @@ import numpy as np
 import zstandard
 
 from data.sources import NOTHING
+from data.split import Split
 
 MANIFEST = "manifest.json"
 REMOTE = "remote.json"  # where the shards lie that are not in the folder: see data.remote
-SPLITS = ("train", "validation")
+SPLITS: tuple[Split, ...] = ("train", "validation")
 SHARD_TOKENS = 2**26
 MAPPED = 64
 HEADER = 128  # bytes before the items of a .npy file of one dimension
@@ -284,6 +285,10 @@ class TokenStream:
         first token of the stream is predicted from. Raises IndexError outside [-1, tokens]."""
         if not -1 <= start <= stop <= self.tokens:
             raise IndexError(f"[{start}, {stop}) is outside the {self.tokens} tokens of {self.split}")
+        shard = bisect_right(self._starts, start) - 1
+        if 0 <= start < stop <= self._starts[shard + 1]:
+            offset = self._starts[shard]
+            return self.shards[shard][start - offset : stop - offset]
         parts = []
         if start in self._known and start < stop:
             parts.append(np.array([self._known[start]], self._dtype))
@@ -311,7 +316,7 @@ class Part(TokenStream):
     def __init__(self, stream: TokenStream, first: int, last: int) -> None:
         self.folder, self.split = stream.folder, stream.split
         self.vocabulary_size, self.end_of_text = stream.vocabulary_size, stream.end_of_text
-        self._stream = stream
+        self._stream, self.shards = stream, stream.shards
         offsets = stream.offsets
         self._first, end = int(offsets[first]), int(offsets[last])
         self._documents = slice(first, last + 1)
@@ -326,6 +331,9 @@ class Part(TokenStream):
         if not -1 <= start <= stop <= self.tokens:
             raise IndexError(f"[{start}, {stop}) is outside the {self.tokens} tokens of {self.split}")
         return self._stream.read(self._first + start, self._first + stop)
+
+    def shards_of(self, stretches: np.ndarray) -> list[int]:
+        return self._stream.shards_of(self._first + stretches)
 
 
 class Shards:

@@ -68,16 +68,26 @@ class ByPosition:
 
 
 class FromSource:
-    """Train on the whole source and validate on another one."""
+    """Train on the whole source and validate on another one. documents: its first so many; None: on all."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, documents: int | None = None) -> None:
         self.source = source
+        self.documents = documents
 
     def split(self, source: Source) -> Iterator[tuple[Split, Document]]:
         for document in source.documents():
             yield "train", document
+        yield from self.held_out()
+
+    def held_out(self) -> Iterator[tuple[Split, Document]]:
+        """The validation split alone."""
+        left = self.documents
         for document in self.source.documents():
             yield "validation", document
+            if left is not None and document.ends:
+                left -= 1
+                if left == 0:
+                    return
 
     def inputs(self) -> dict[str, Any]:
         return {"validation": self.source.inputs()}

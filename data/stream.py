@@ -38,6 +38,10 @@ class StreamPacking:
         self._open: dict[int, _Shard] = {}
         self._states: dict[int, State] = {}  # of shards that are not open
 
+    def fresh(self) -> StreamPacking:
+        """The same windows, read from the beginning."""
+        return StreamPacking(self.documents, self.tokenizer, self.window)
+
     def sample(self, index: int, epoch: int = 0, step: int | None = None) -> Sample:
         """Sample `index`; those of a shard can only be asked for in ascending order. The epoch of its key is
         that of its shard where the window begins. Raises ValueError on what cannot be read."""

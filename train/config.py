@@ -27,7 +27,7 @@ ACTIONS = ("stop", "skip", "rollback")  # on divergence
 # What a resumed run may change: nothing that alters the parameters, the data or the arithmetic of a step.
 MAY_CHANGE = (
     *("name", "directory", "horizon", "evaluation", "checkpoint", "log", "track", "stop", "divergence"),
-    *("data.directory", "micro_batch"),
+    *("data.directory", "data.address", "data.cache", "data.cache_bytes", "micro_batch"),
     *(f"engine.{key}" for key in ("ranks", "zero_stage", "offload_optimizer", "activation_checkpointing")),
     *("engine.compile", "engine.threads", "engine.hang_timeout"),
 )

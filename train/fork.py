@@ -166,7 +166,11 @@ def _at(container: dict[str, Any], key: str) -> Any:
 
 def _text_of(config: RunConfig) -> dict[str, Any]:
     """What of the data decides which text there is."""
-    return {key: value for key, value in config.data.items() if key not in ("name", "directory")}
+    return {
+        key: value
+        for key, value in config.data.items()
+        if key not in ("name", "directory", "cache", "cache_bytes")
+    }
 
 
 def _kept(parent: RunDir, before: RunConfig, config: RunConfig) -> dict[str, Any]:

@@ -22,8 +22,8 @@ import torch
 
 from data.cli import instantiate, main_guard
 from data.loader import Batch, Loader, evaluation_batches, pack
-from data.order import Order
 from data.shards import TokenStream, read_manifest
+from data.stream import StreamPacking, merge
 from data.tokenizer import load_tokenizer
 from model.flops import count
 from train import checkpoint, deepspeed_config, hardware
@@ -62,15 +62,14 @@ class Run:
         self.watchdog = Watchdog(world, config.engine.hang_timeout, rundir.path)
         prepared = rundir.prepared()
         self.tokenizer = load_tokenizer(prepared / "tokenizer")
-        self.baselines = read_manifest(prepared)["splits"]["validation"]
         self.objective = instantiate(config.objective, "objective")
         self.supply = supply(config, self.objective, prepared)
         self.packing, self.collate = self.supply.packing, self.supply.collate
-        self.stream = TokenStream(prepared, "train")
+        self.manifest = read_manifest(prepared)
         self.validation = TokenStream(prepared, "validation")
         self.schedule = instantiate(config.schedule, "schedule")
         with world.device:
-            model = build_model(config, self.stream.vocabulary_size)
+            model = build_model(config, self.manifest["vocabulary_size"])
         share = self.objective.predicted_share
         self.counts = count(model, config.sequence_length, share)  # type: ignore[arg-type]
         self.flops_per_token = {
@@ -264,7 +263,13 @@ class Run:
             "passed_over": self.passed_over,
             "monitor": self.monitor.state(),
             "meter": self.meter.state(self.world.sum),
+            "stream": self._stream_state(),
         }
+
+    def _stream_state(self) -> dict[str, Any] | None:
+        """Where a stream has been read to by all ranks; None where the data is prepared."""
+        states = self.world.gather(self.loader.state())
+        return None if states[0] is None else merge(states)
 
     def _restore(self) -> tuple[int, list[str]]:
         """Bring the engine to the newest whole checkpoint: its step, 0 without one, and what to tell."""
@@ -298,8 +303,11 @@ class Run:
             self.monitor = Monitor(self.config.divergence, self.monitor.rollbacks)
             self.meter.read()
         else:
+            if state.get("stream") is not None:
+                self.loader.load_state(state["stream"])
             self.monitor.load_state(state["monitor"])
-            self.meter.load_state(state["meter"], self.world.rank)
+            if "meter" in state:  # not in those of earlier versions
+                self.meter.load_state(state["meter"], self.world.rank)
         self.world.barrier()  # for whoever reads it fastest to be told from one who hangs
         return state["step"]
 
@@ -375,7 +383,7 @@ class Run:
         parameters = self.counts.parameters
         self.log.say(
             f"{self.config.directory}: {parameters / 1e6:,.1f} M parameters,"
-            f" {self.stream.tokens:,} training tokens, {self.total_steps:,} steps of"
+            f" {self._training_tokens()}, {self.total_steps:,} steps of"
             f" {self.config.global_batch * self.config.sequence_length:,} tokens, {self.world.size} rank(s),"
             f" ZeRO-{self.config.engine.zero_stage}, {self.config.engine.precision}"
         )
@@ -409,27 +417,32 @@ class Run:
             self._event(first, "converted", message)
             self.log.say(message)
 
+    def _training_tokens(self) -> str:
+        splits = self.manifest["splits"]
+        return f"{splits['train']['tokens']:,} training tokens" if "train" in splits else "a stream of text"
+
     def _look_ahead(self) -> None:
         """Log what the first samples say: how well positions are used, what a unigram model would lose."""
         assert self.log is not None
-        count = min(self.packing.samples, 1 + UNIGRAM_TOKENS // self.config.sequence_length)
-        order = Order(self.packing.samples, count, self.config.seed).step(0)
-        size = self.shape["micro_batch"]
-        training = [
-            self.collate([self.packing.sample(int(i)) for i in order[first : first + size]])
-            for first in range(0, count, size)
-        ]
+        samples = self.supply.first_samples(1 + UNIGRAM_TOKENS // self.config.sequence_length)
+        size, count = self.shape["micro_batch"], len(samples)
+        training = [self.collate(samples[first : first + size]) for first in range(0, count, size)]
         used, positions = map(sum, zip(*map(self.objective.used, training), strict=True))
-        usage = self.packing.usage()
-        self._write("packing", 0, used_share=used / positions, **dataclasses.asdict(usage))
-        self.log.say(
-            f"packing.{self.config.packing.method}: {used / positions:.2%} of the positions used (of"
-            f" {count:,} samples), {usage.cut_documents:,} of {self.stream.documents:,} documents cut,"
-            f" {usage.dropped_tokens:,} tokens dropped"
-        )
+        line = f"packing.{self.config.packing.method}: {used / positions:.2%} of the positions used"
+        usage: dict[str, int] = {}
+        if not isinstance(self.packing, StreamPacking):
+            usage = dataclasses.asdict(self.packing.usage())
+            line += (
+                f" (of {count:,} samples), {usage['cut_documents']:,} of"
+                f" {self.manifest['splits']['train']['documents']:,} documents cut,"
+                f" {usage['dropped_tokens']:,} tokens dropped"
+            )
+        self._write("packing", 0, used_share=used / positions, **usage)
+        self.log.say(line)
         held_out = evaluation_batches(self.held_out, self.collate, micro_batch=size, rank=0, world_size=1)
-        loss = unigram_loss(training, held_out, self.stream.vocabulary_size)
-        compressed = {k: self.baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
+        loss = unigram_loss(training, held_out, self.manifest["vocabulary_size"])
+        baselines = self.manifest["splits"]["validation"]
+        compressed = {k: baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
         self._write("baseline", 0, unigram_loss=loss, **compressed)
 
     def _log_train(self, step: int, gradient_norm: float, meter: Meter) -> None:

@@ -173,9 +173,13 @@ def _same_tokens(before: Path, now: Path) -> bool:
     return _tokens_of(before) == _tokens_of(now)
 
 
-def _tokens_of(prepared: Path) -> dict[str, list[str]]:
-    splits = read_manifest(prepared)["splits"]
-    return {name: [shard["sha256"] for shard in split["shards"]] for name, split in splits.items()}
+def _tokens_of(prepared: Path) -> list[Any]:
+    """What equal tokens have equal: the hashes of all shards, and of a stream its inputs."""
+    manifest = read_manifest(prepared)
+    hashes = {
+        name: [shard["sha256"] for shard in split["shards"]] for name, split in manifest["splits"].items()
+    }
+    return [hashes, None if "train" in hashes else manifest["inputs"]]
 
 
 def command() -> str:

@@ -1,32 +1,49 @@
-"""What a run trains on: the packed parts of its data, and in which order their samples come."""
+"""What a run trains on: its packed data or a stream, and in which order the samples come."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from data.cli import instantiate
 from data.curriculum import Curriculum
+from data.documents import open_documents
 from data.loader import Collate, pack
 from data.mix import Mixture, weights_of
-from data.order import Order
-from data.packing import Joined, Packing
+from data.order import Order, Sequential
+from data.packing import Joined, Packing, Sample
 from data.shards import Part, read_manifest
+from data.stream import StreamPacking
+from data.tokenizer import load_tokenizer
 from train.config import MixtureConfig, RunConfig, steps, total_steps
+from train.objective.base import Objective
 
 
 @dataclass(frozen=True)
 class Supply:
-    """packing: all samples of an epoch. order: which of them make up a step. steps: how many, and how long.
-    collate: makes batches of samples as they are; collates: of the rows that they are cut into, by length.
-    total_steps: of the run's horizon."""
+    """packing: all samples of an epoch, or of a stream that is read onwards. order: which of them make up a
+    step. steps: how many, and how long. collate: makes batches of samples as they are; collates: of the rows
+    that they are cut into, by length. total_steps: of the run's horizon."""
 
-    packing: Packing | Joined
-    order: Order | Mixture
+    packing: Packing | Joined | StreamPacking
+    order: Order | Mixture | Sequential
     steps: Curriculum
     collate: Collate
     collates: dict[int, Collate]
     total_steps: int
+
+    def first_samples(self, most: int) -> list[Sample]:
+        """The samples that come first in training."""
+        packing = self.packing.fresh() if isinstance(self.packing, StreamPacking) else self.packing
+        most = min(most, getattr(packing, "samples", most), self.steps.span(self.total_steps)[0])
+        found: list[Sample] = []
+        for step in count():
+            if len(found) >= most:
+                return found[:most]
+            found += [packing.sample(int(i)) for i in self.order.step(step)]
+        raise AssertionError("steps have no end")
 
     def shares(self, place: int) -> dict[str, float]:
         """The share of each part of a mixture in the samples before a place of the order."""
@@ -52,8 +69,12 @@ def supply(config: RunConfig, objective: Any, prepared: Path) -> Supply:
             f" in {length} positions, and cannot be cut into shorter ones; change global_batch only"
         )
     collates = {shorter: objective.collator(prepared, shorter, isolate) for shorter in lengths}
+    manifest = read_manifest(prepared)
+    if "train" not in manifest["splits"]:
+        packing_and_order = _stream(config, objective, prepared, collate)
+        return Supply(*packing_and_order, plan, collate, collates, total_steps(config, samples=0))
     stream = objective.training_stream(prepared)
-    parts = read_manifest(prepared)["splits"]["train"]["parts"]
+    parts = manifest["splits"]["train"]["parts"]
     method, block = config.packing.method, config.packing.block
     if not parts:
         if config.mixture != MixtureConfig():
@@ -75,3 +96,21 @@ def supply(config: RunConfig, objective: Any, prepared: Path) -> Supply:
     )
     mixed.check_horizon(total)
     return Supply(joined, mixed, plan, collate, collates, total)
+
+
+def _stream(
+    config: RunConfig, objective: Objective, prepared: Path, collate: Collate
+) -> tuple[StreamPacking, Sequential]:
+    """Text that is tokenized as it is read. Raises ValueError on what needs to know all of it before."""
+    for key, unlike in (
+        ("horizon.epochs", config.horizon.epochs is not None),
+        ("packing.method", config.packing.method != "chunk"),
+        ("packing.block", config.packing.block is not None),
+        ("mixture", config.mixture != MixtureConfig()),
+        ("objective", type(objective).training_stream is not Objective.training_stream),
+    ):
+        if unlike:
+            raise ValueError(f"{key}: needs data that is prepared, not a stream; set data.shards to null")
+    documents = open_documents(instantiate(config.data["source"], "data.source"), config.data["shards"])
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    return StreamPacking(documents, tokenizer, collate.window), Sequential(steps(config))

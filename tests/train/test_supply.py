@@ -35,17 +35,53 @@ def parts(folder: Path) -> list[str]:
     return [*source, f"+data.source.parts={{{inner}}}", "data.validation._target_=data.split.ByDocument"]
 
 
+def streamed(folder: Path) -> list[str]:
+    """Overrides of a stream of four shards."""
+    for name, count in (("rows", 60), ("held-out", 12)):
+        lines = [
+            json.dumps({"text": f"{name} {i}: item {i * 7 % 10} follows {i}\n" * 9}) for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    rows = "_target_:data.sources.Rows,format:json"
+    validation = f"{{_target_:data.split.FromSource,source:{{{rows},paths:{folder}/held-out.jsonl}}}}"
+    return [
+        *("~data.validation", f"+data.validation={validation}", "+data.shards=4"),
+        *("data.source._target_=data.sources.Rows", "+data.source.format=json"),
+        f"data.source.paths={folder}/rows.jsonl",
+    ]
+
+
+def remote(folder: Path, local: Path) -> Path:
+    """The run `local` on its prepared folder, as if that lay elsewhere."""
+    source = RunDir(local).prepared()
+    node = [f"+data.address=file://{source}", f"+data.cache={folder}/cache", "+data.cache_bytes=1e6"]
+    away = ["~data.source", "~data.validation", f"data.directory={folder}/stand-in", *node]
+    directory = begun(folder, "remote", 2, *away, *MIXED, *GROWING, *EXACT)
+    assert not list(RunDir(directory).prepared().glob("train-0*"))
+    return directory
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("supply")
     mixed = [*parts(folder), *MIXED, *GROWING, *EXACT]
     found = {name: begun(folder, name, ranks, *mixed) for name, ranks in (("two", 2), ("one", 1))}
     found["micro"] = begun(folder, "micro", 2, *mixed, "micro_batch=1", "engine=zero3")
-    run_ranks(train_all, 2, [found["two"], found["micro"]])
-    found["resumed"] = Path(shutil.copytree(found["two"], found["two"].with_name("resumed")))
-    remove_after(found["resumed"] / "checkpoints", 3)
-    run_ranks(train_all, 2, [found["resumed"]])
-    run_ranks(train_all, 1, [found["one"]])
+    stream = [*streamed(folder), *EXACT]
+    found |= {
+        f"stream-{name}": begun(folder, f"stream-{name}", n, *stream) for name, n in (("two", 2), ("one", 1))
+    }
+    found["remote"] = remote(folder, found["two"])
+    run_ranks(train_all, 2, [found[name] for name in ("two", "micro", "remote", "stream-two")])
+    for name in ("two", "stream-two"):
+        copy = found[name].with_name(f"{name}-resumed")
+        found[copy.name] = Path(shutil.copytree(found[name], copy))
+        remove_after(copy / "checkpoints", 3)
+    run_ranks(train_all, 2, [found["two-resumed"], found["stream-two-resumed"]])
+    # The rest of a run of two ranks, on one.
+    found["stream-elastic"] = Path(shutil.copytree(found["stream-two"], folder / "runs" / "stream-elastic"))
+    remove_after(found["stream-elastic"] / "checkpoints", 3)
+    run_ranks(train_all, 1, [found[name] for name in ("one", "stream-one", "stream-elastic")])
     return found
 
 
@@ -53,12 +89,16 @@ def records(directory: Path) -> list[dict[str, Any]]:
     return [r for r in read_metrics(directory / "metrics.jsonl") if r["kind"] == "train"]
 
 
-@pytest.mark.parametrize("name", ["one", "micro", "resumed"])
+@pytest.mark.parametrize(
+    "name", ["one", "micro", "remote", "two-resumed", "stream-one", "stream-two-resumed", "stream-elastic"]
+)
 def test_losses_agree(runs: dict[str, Path], name: str) -> None:
-    whole, other = ([r["loss"] for r in records(runs[which])] for which in ("two", name))
-    assert len(whole) == 6 and other == pytest.approx(whole, abs=0 if name == "resumed" else 1e-4)
-    first, second = ((runs[which] / "checkpoints") for which in ("two", name))
-    if name == "resumed":
+    source, resumed = "stream-two" if "stream" in name else "two", name.endswith("resumed")
+    whole, other = ([r["loss"] for r in records(runs[which])] for which in (source, name))
+    assert len(whole) == 6 and len(set(whole)) == 6
+    assert other == pytest.approx(whole, abs=0 if resumed else 1e-4)
+    first, second = ((runs[which] / "checkpoints") for which in (source, name))
+    if resumed:
         weights = "model.safetensors"
         assert (path_of(first, 6) / weights).read_bytes() == (path_of(second, 6) / weights).read_bytes()
 
@@ -98,6 +138,27 @@ def test_tokens_and_shares_are_those_asked_for(runs: dict[str, Path]) -> None:
 def test_what_makes_no_sense_is_refused(tmp_path: Path, more: list[str], line: str) -> None:
     with pytest.raises(ValueError, match="^" + line):
         begun(tmp_path, "refused", 2, *parts(tmp_path), *more)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["horizon.epochs=1", "horizon.steps=null"], "horizon.epochs: needs data that is prepared"),
+        (["packing.method=best_fit"], "packing.method: needs data that is prepared"),
+        (["data.shards=100"], "data.shards: 100 are more than the 60 documents"),
+        (
+            [
+                "data.validation._target_=data.split.ByDocument",
+                "~data.validation.source",
+                "+data.validation.share=0.1",
+            ],
+            "data.validation: a stream is not read through",
+        ),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(tmp_path: Path, more: list[str], line: str) -> None:
+    with pytest.raises(ValueError, match="^" + line):
+        begun(tmp_path, "refused", 2, *streamed(tmp_path), *more)
 
 
 def test_a_mixture_needs_parts(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from data.collate.causal import Causal as CausalCollate
-from data.shards import TokenStream
+from data.shards import read_manifest
 from train.objective.base import Objective
 
 
@@ -20,7 +20,7 @@ class Causal(Objective):
     predicts_text = True
 
     def collator(self, prepared: Path, sequence_length: int, isolate: bool) -> CausalCollate:
-        return CausalCollate(sequence_length, TokenStream(prepared, "train").end_of_text, isolate)
+        return CausalCollate(sequence_length, read_manifest(prepared)["end_of_text"], isolate)
 
     def used(self, batch: dict[str, Tensor]) -> tuple[int, int]:
         return self.count(batch), batch["labels"].numel()  # all that is there is predicted

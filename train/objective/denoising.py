@@ -11,7 +11,7 @@ from torch import Tensor
 from data.collate.spans import Denoising as Collate
 from data.collate.spans import Part, Prefix, Spans, lengths
 from data.packing import PADDING
-from data.shards import TokenStream
+from data.shards import read_manifest
 from data.tokenizer import PAD, SPECIAL, load_tokenizer, special_ids
 from train.objective.base import Objective
 
@@ -57,7 +57,7 @@ class Denoising(Objective):
         sentinels = special_ids(tokenizer, "sentinels") if corrupting else []
         asking = any(part.mode for part in self.parts)
         modes = dict(zip(MODES, special_ids(tokenizer, "denoisers"), strict=True)) if asking else {}
-        end_of_text = TokenStream(prepared, "train").end_of_text
+        end_of_text = read_manifest(prepared)["end_of_text"]
         pad = tokenizer.token_to_id(PAD)
         return Collate(
             sequence_length,

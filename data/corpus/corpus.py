@@ -157,16 +157,20 @@ class Corpus:
         for name in self._inputs:
             if name not in read.before:
                 raise ValueError(f"data.source.inputs.{name}: holds no documents; leave it out")
-        left = read.card()["out"]["documents"]
+        entry = read.card()
+        left = entry["out"]["documents"]
+        if not left:
+            raise ValueError(
+                f"data.source.inputs: all are dropped ({_reasons(entry)}); cut them into smaller ones"
+            )
         for step in part.steps:
             if isinstance(step, Step):
                 entry = Tally.load(step.folder.iterdir()).card()
                 left = entry["out"]["documents"]
                 if not left:
-                    reasons = ", ".join(f"{why} {n['documents']:,}" for why, n in entry["dropped"].items())
                     raise ValueError(
-                        f"data.source.stages.{step.name}: drops every document ({reasons}); change it, or "
-                        "leave it out with null"
+                        f"data.source.stages.{step.name}: drops every document ({_reasons(entry)}); change it,"
+                        " or leave it out with null"
                     )
         return left
 
@@ -174,6 +178,10 @@ class Corpus:
         """About how much text is to be read."""
         sizes = [given.source.size() for given in self._inputs.values()]
         return "bytes", None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def _reasons(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{why} {counts['documents']:,}" for why, counts in entry["dropped"].items())
 
 
 def _input(node: Any, key: str) -> Input:

@@ -357,3 +357,10 @@ def test_nothing_but_the_result_is_printed(tmp_path: Path) -> None:
     out, errors = process.communicate()
     assert errors == "" and out.count("\n") == 1
     assert Path(out.strip(), "card.json").is_file()
+
+
+def test_a_corpus_of_one_document_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("a line of text\n" * (corpus_files.LONGEST // 15 + 1))
+    made = corpus(f"{tmp_path}/long.txt", tmp_path, {})
+    with pytest.raises(ValueError, match=r"^data\.source\.inputs: all are dropped \(too long 1\)"):
+        made.build(progress=False)

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,10 @@ class RunRecord:
         return {key: [record.get(key) for record in self.kind(kind)] for key in (*X_AXES, *NUMBERS[kind])}
 
 
+class NoMeasurement(ValueError):
+    """A run that has not come to its first log line."""
+
+
 def report(directories: list[Path], output: Path | None = None) -> Path:
     """Write the page about the runs in `directories`; returns its path.
 
@@ -67,12 +72,24 @@ def report(directories: list[Path], output: Path | None = None) -> Path:
     be written. Nothing is written then.
     """
     directories = list({directory.resolve(): directory for directory in directories}.values())
+    for directory in directories:
+        if not directory.is_dir():
+            raise ValueError(f"{directory}: no such directory; name directories of runs")
     parent = Path(os.path.commonpath([directory.resolve().parent for directory in directories]))
     if output is None:
         output = RunDir(directories[0]).report if len(directories) == 1 else _shown(parent) / "report.html"
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"{output}: cannot be written; name a file in a folder that exists with --output")
-    runs = [read_run(directory, str(directory.resolve().relative_to(parent))) for directory in directories]
+    runs = []
+    for directory in directories:
+        try:
+            runs.append(read_run(directory, str(directory.resolve().relative_to(parent))))
+        except NoMeasurement as error:
+            if len(directories) == 1:
+                raise
+            print(f"{error}; left out", file=sys.stderr)
+    if not runs:
+        raise ValueError("no run holds a measurement yet; report one that has trained for some steps")
     text = page([run.label for run in runs], chart_data(runs), [summary(run) for run in runs], runs)
     try:
         write(output, text)
@@ -182,7 +199,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
                 f"{path}: line {number} is not a record of a run; it lacks one of {', '.join(X_AXES)}"
             )
     if not any(record.get("kind") in NUMBERS for record in records):
-        raise ValueError(f"{path}: holds no measurement yet; report a run that has trained for some steps")
+        raise NoMeasurement(f"{path}: holds no measurement yet; report a run that has trained for some steps")
     return records
 
 

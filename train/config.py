@@ -290,8 +290,16 @@ def check_world(config: RunConfig, world_size: int) -> None:
         ValueError: the global batch does not divide into micro batches over the ranks.
     """
     size = micro_batch(config, world_size)
-    plan = steps(config) if config.curriculum else EqualSteps(config.global_batch)
-    plan.check(size or 1, world_size)
+    if config.curriculum:
+        steps(config).check(size, world_size)
+    elif config.micro_batch is None:
+        _require(
+            config.global_batch % world_size == 0,
+            f"global_batch: {config.global_batch} cannot be shared by {world_size} ranks; choose a number of"
+            f" ranks that divides it, or for a new run a multiple of {world_size}",
+        )
+    else:
+        EqualSteps(config.global_batch).check(size, world_size)
     engine = config.engine
     accumulates = accumulation(config, world_size) > 1
     _require(

@@ -91,7 +91,8 @@ def fork_step(config: RunConfig, rundir: RunDir) -> int | None:
     if problem:
         listed = ", ".join(map(str, there))
         raise ValueError(
-            f"fork.step: no checkpoint {step} of {config.fork.run} ({problem}); choose one of {listed}"
+            f"fork.step: no checkpoint {step} of {config.fork.run} ({problem}); choose one of {listed} (more"
+            " are kept with checkpoint.keep and checkpoint.keep_every)"
         )
     return step
 

@@ -200,9 +200,10 @@ class Meter:
         self._flops += flops
         self._count += step.count
         self._skipped += step.skipped
-        self._loss_sum = self._loss_sum + step.loss_sum
+        # In float64 sums of a step's float32 are exact: it is all the same where they are broken off.
+        self._loss_sum = self._loss_sum + step.loss_sum.double()
         for name, value in step.metrics.items():
-            self._metrics[name] = value + self._metrics.get(name, 0)
+            self._metrics[name] = value.double() + self._metrics.get(name, 0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

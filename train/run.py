@@ -139,6 +139,7 @@ class Run:
     def _step(self, step: int) -> None:
         """The optimizer step after `step` of them, and what is due then."""
         config, total = self.config, self.total_steps
+        self._tell_stage(step)
         self.watchdog.mark(step, "data")
         batches = self.loader.step(position(step, self.passed_over))
         self.watchdog.mark(step, "step")
@@ -286,6 +287,8 @@ class Run:
         found, notes, history = self.world.broadcast((found, notes, history))
         if isinstance(found, str):
             raise Halted(found)
+        if found is None and notes:
+            notes.append("no checkpoint is left: training starts from the beginning")
         self.passed_over, rollbacks = history
         self.monitor = Monitor(self.config.divergence, rollbacks)
         return (0 if found is None else self._load(found)), notes
@@ -384,7 +387,7 @@ class Run:
         self.log.say(
             f"{self.config.directory}: {parameters / 1e6:,.1f} M parameters,"
             f" {self._training_tokens()}, {self.total_steps:,} steps of"
-            f" {self.config.global_batch * self.config.sequence_length:,} tokens, {self.world.size} rank(s),"
+            f" {self._tokens_a_step()} tokens, {self.world.size} rank(s),"
             f" ZeRO-{self.config.engine.zero_stage}, {self.config.engine.precision}"
         )
         for note in notes:
@@ -406,6 +409,8 @@ class Run:
             self._event(first, event, f"{event} at step {first} of {self.total_steps}, commit {commit}")
             if first:
                 self.log.say(f"going on from step {first}")
+        elif first == self.total_steps:
+            self.log.say(f"step {first} was the last, and all is done")
         if first > self.total_steps:
             self.log.say(f"step {first} is beyond the horizon of {self.total_steps} steps: nothing to do")
         if 0 < first < self.total_steps and self.loaded_layout != self.layout:
@@ -416,6 +421,23 @@ class Run:
             message = f"the checkpoint of {before} is dealt out to {now}"
             self._event(first, "converted", message)
             self.log.say(message)
+
+    def _tokens_a_step(self) -> str:
+        sizes = {s.global_batch * s.sequence_length for s in self.supply.steps.stages}
+        return " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
+
+    def _tell_stage(self, step: int) -> None:
+        """Say where the curriculum or the mixture changes with the step that is made next."""
+        place = position(step, self.passed_over)
+        changes: dict[str, Any] = {
+            "curriculum": self.config.curriculum,
+            "mixture": self.config.mixture.stages,
+        }
+        for what, stages in changes.items():
+            if step and place in (stages or {}):
+                message = f"{what} from step {step} on: {stages[place]}"
+                self._event(step + 1, what, message)
+                self._say(message)
 
     def _training_tokens(self) -> str:
         splits = self.manifest["splits"]

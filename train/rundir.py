@@ -99,13 +99,15 @@ class RunDir:
         """
         if not self.config.exists():
             return
-        keys = changed(load(self.config), config)
+        before = load(self.config)
+        keys = changed(before, config)
         if keys:
+            was, now = (_at(to_container(one), keys[0]) for one in (before, config))
             others = (
                 f" (so {'do' if len(keys) > 2 else 'does'} {', '.join(keys[1:])})" if len(keys) > 1 else ""
             )
             raise ValueError(
-                f"{keys[0]}: differs from what {self.path} was started with{others};"
+                f"{keys[0]}: differs from what {self.path} was started with, {was} and now {now}{others};"
                 " undo the change, or choose another name=…"
             )
 
@@ -162,6 +164,13 @@ class RunDir:
             (self.environment, environment),
         ):
             write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _at(container: Any, key: str) -> Any:
+    """What stands at a dotted key; None where nothing does."""
+    for part in key.split("."):
+        container = container.get(part) if isinstance(container, dict) else None
+    return container
 
 
 def _same_tokens(before: Path, now: Path) -> bool:

@@ -169,8 +169,8 @@ class Corpus:
                 left = entry["out"]["documents"]
                 if not left:
                     raise ValueError(
-                        f"data.source.stages.{step.name}: drops every document ({_reasons(entry)}); change it,"
-                        " or leave it out with null"
+                        f"data.source.stages.{step.name}: drops every document ({_reasons(entry)});"
+                        " change it, or leave it out with null"
                     )
         return left
 

@@ -87,7 +87,7 @@ MISTAKES = [
     ("seed=-1", "seed: -1 is not between 0 and 2**63"),
     ("model.heads=5", "model.width: 64 is not divisible by heads 5; choose a multiple"),
     ("global_batch=9 micro_batch=2", "global_batch: 9 is not divisible by micro_batch 2 x 1 ranks"),
-    ("engine.ranks=3", "global_batch: 8 is not divisible by micro_batch 2 x 3 ranks; choose a multiple"),
+    ("engine.ranks=3", "global_batch: 8 cannot be shared by 3 ranks; choose a number of ranks that divides"),
     ("data.source.paths=???", "data.source.paths: must be set, for example data.source.paths=..."),
     ("data.source.paths={0}/absent.txt", "data.source.paths: {0}/absent.txt matches no file"),
     ("data.source.paths={0}/empty.txt", "data.source: the corpus is empty"),

@@ -72,7 +72,7 @@ def test_the_global_batch_must_divide() -> None:
     check_world(config, 3)
     with pytest.raises(ValueError, match="global_batch: 12 is not divisible by micro_batch 4 x 2 ranks"):
         check_world(config, 2)
-    with pytest.raises(ValueError, match="global_batch: 2 is not divisible by micro_batch 1 x 4 ranks"):
+    with pytest.raises(ValueError, match="global_batch: 2 cannot be shared by 4 ranks; choose a number of"):
         check_world(composed("global_batch=2"), 4)
 
 

@@ -91,7 +91,7 @@ def test_a_read_only_directory_cannot_be_written(tmp_path: Path) -> None:
         (["optim.learning_rate=1"], "optim.learning_rate: differs"),
         (
             ["seed=1", "model.width=32"],
-            r"seed: differs from \S+ \S+ was started with \(so does model.width\)",
+            r"seed: differs from \S+ \S+ was started with, 0 and now 1 \(so does model.width\)",
         ),
         (["engine.precision=fp32"], "engine.precision: differs"),
     ],

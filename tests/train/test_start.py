@@ -34,7 +34,7 @@ def test_a_run_begins_with_its_config_and_its_data(text: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("global_batch=9", "global_batch: 9 is not divisible by micro_batch 4 x 2 ranks"),
+        ("global_batch=9", "global_batch: 9 cannot be shared by 2 ranks"),
         ("model.heads=5", "model.width: 64 is not divisible by heads 5"),
         ("model.width=wide", "model.width: 'wide' is not int"),
         ("+model.widht=3", "model.widht: unknown key; model.gpt.GPT knows vocabulary_size, sequence_length"),

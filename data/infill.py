@@ -63,6 +63,7 @@ class InfilledStream(TokenStream):
         self, stream: TokenStream, tokenizer: Tokenizer, rate: float, spm_share: float, seed: int
     ) -> None:
         super().__init__(stream.folder, stream.split)
+        self.shards = stream.shards
         self.infill = Infill.of(tokenizer, rate, spm_share)
         self.seed = seed
         self._plain = stream
@@ -77,6 +78,14 @@ class InfilledStream(TokenStream):
     @property
     def offsets(self) -> np.ndarray:
         return self._offsets
+
+    def shards_of(self, stretches: np.ndarray) -> list[int]:
+        """The shards of all documents that the stretches touch."""
+        wanted = stretches[stretches[:, 0] < stretches[:, 1]]
+        first = np.searchsorted(self._offsets, np.maximum(wanted[:, 0], 0), side="right") - 1
+        last = np.searchsorted(self._offsets, wanted[:, 1])
+        documents = np.stack([first, np.maximum(last, first + 1)], axis=1)
+        return self._plain.shards_of(self._plain_offsets[documents] - [1, 0])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if not -1 <= start <= stop <= self.tokens:

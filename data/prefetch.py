@@ -137,7 +137,7 @@ class Prefetcher:
                     continue
                 self._busy.add(shard)
             brought = False
-            with suppress(ValueError, Stopped):
+            with suppress(ValueError, OSError, Stopped):
                 brought = self.shards.bring(shard)
             with self._changed:
                 self._busy.remove(shard)

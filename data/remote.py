@@ -70,6 +70,8 @@ def _download_manifest(address: str, folder: Path) -> dict[str, Any]:
         manifest = {}
     if "splits" not in manifest:
         raise ValueError(f"{address}/{MANIFEST}: not a manifest; data.address must name a prepared folder")
+    if "tokenizer" not in manifest or any("parts" not in split for split in manifest["splits"].values()):
+        raise ValueError(f"{address}/{MANIFEST}: was prepared by an earlier version; prepare it again")
     return manifest
 
 

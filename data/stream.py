@@ -72,6 +72,13 @@ class StreamPacking:
         self.close()
         self._states = {int(number): of for number, of in state["of"].items()}
 
+    def state_at(self, first: int) -> State:
+        """The state of a corpus of which nothing was read, and whose first sample is to be number `first`."""
+        shards = self.documents.shards
+        start = {"epoch": 0, "offset": 0, "before": self._end, "reading": None}
+        of = {str(v): {"window": max(0, -((v - first) // shards)), **start} for v in range(shards)}
+        return {"shards": shards, "window": self.window, "of": of}
+
     def close(self) -> None:
         """Close all files. What was read is forgotten."""
         for shard in self._open.values():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
     """
     size = micro_batch(config, world_size)
     if config.curriculum:
-        steps(config).check(size, world_size)
+        steps(config).check(size or 1, world_size)
     elif config.micro_batch is None:
         _require(
             config.global_batch % world_size == 0,
@@ -353,7 +354,7 @@ def total_steps(config: RunConfig, samples: int) -> int:
     if horizon.tokens is not None:
         return steps(config).steps(math.ceil(horizon.tokens / config.sequence_length))
     assert horizon.epochs is not None
-    return steps(config).steps(math.ceil(horizon.epochs * samples))
+    return steps(config).steps(math.ceil(Fraction(str(horizon.epochs)) * samples))
 
 
 def changed(before: RunConfig, after: RunConfig) -> list[str]:

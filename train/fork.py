@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from data.tokenizer import load_tokenizer
 from train.checkpoint import LATEST, damage, discard, newest_good, path_of, steps
 from train.config import RunConfig, differences, load, to_container
+from train.config import steps as steps_of
 from train.files import sync_folder, write
 from train.rundir import RunDir
 
@@ -107,6 +108,15 @@ def check_fork(config: RunConfig, step: int, total_steps: int, tokenizer: Tokeni
     if total_steps <= step:
         raise ValueError(
             f"horizon: ends at step {total_steps}, and the fork begins at step {step}; set a longer one"
+        )
+    mine, parents = (
+        [stage for stage in steps_of(one).stages if stage.step < step]
+        for one in (config, load(RunDir(config.fork.run).config))
+    )
+    if mine != parents:
+        raise ValueError(
+            f"curriculum: differs before step {step}, where the fork begins, from that of {config.fork.run};"
+            " change it from there on only"
         )
     if load_tokenizer(RunDir(config.fork.run).tokenizer).to_str() != tokenizer.to_str():
         raise ValueError(

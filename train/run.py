@@ -141,7 +141,8 @@ class Run:
         config, total = self.config, self.total_steps
         self._tell_stage(step)
         self.watchdog.mark(step, "data")
-        batches = self.loader.step(position(step, self.passed_over))
+        with _reading():
+            batches = self.loader.step(position(step, self.passed_over))
         self.watchdog.mark(step, "step")
         self.engine.set_learning_rate(self.schedule(step, total))
         self.event = None
@@ -230,6 +231,7 @@ class Run:
             return problem
         self.saved = back
         self.passed_over = sorted({*self.passed_over, *left_out})
+        self._check_horizon()
         self._load(back)
         self.done = back
         if self.log:
@@ -290,6 +292,7 @@ class Run:
         if found is None and notes:
             notes.append("no checkpoint is left: training starts from the beginning")
         self.passed_over, rollbacks = history
+        self._check_horizon()
         self.monitor = Monitor(self.config.divergence, rollbacks)
         return (0 if found is None else self._load(found)), notes
 
@@ -305,6 +308,9 @@ class Run:
         if self._begins_on_other_text(step):
             self.monitor = Monitor(self.config.divergence, self.monitor.rollbacks)
             self.meter.read()
+            if isinstance(self.packing, StreamPacking):  # its text begins here
+                place = position(step, self.passed_over)
+                self.loader.load_state(self.packing.state_at(self.supply.steps.span(place)[0]))
         else:
             if state.get("stream") is not None:
                 self.loader.load_state(state["stream"])
@@ -313,6 +319,13 @@ class Run:
                 self.meter.load_state(state["meter"], self.world.rank)
         self.world.barrier()  # for whoever reads it fastest to be told from one who hangs
         return state["step"]
+
+    def _check_horizon(self) -> None:
+        """Raises Halted where a mixture ends before the horizon, for what was passed over."""
+        try:
+            self.supply.check_horizon(len(self.passed_over))
+        except ValueError as error:
+            raise Halted(str(error)) from None
 
     def _begins_on_other_text(self, step: int) -> bool:
         """Whether a fork begins here on data whose losses are not to be compared with its parent's."""
@@ -428,14 +441,12 @@ class Run:
 
     def _tell_stage(self, step: int) -> None:
         """Say where the curriculum or the mixture changes with the step that is made next."""
-        place = position(step, self.passed_over)
-        changes: dict[str, Any] = {
-            "curriculum": self.config.curriculum,
-            "mixture": self.config.mixture.stages,
-        }
-        for what, stages in changes.items():
-            if step and place in (stages or {}):
-                message = f"{what} from step {step} on: {stages[place]}"
+        if not step:
+            return
+        before, place = (position(s, self.passed_over) for s in (step - 1, step))
+        for what, stages in (("curriculum", self.config.curriculum), ("mixture", self.config.mixture.stages)):
+            for begins in (begins for begins in stages or {} if before < begins <= place):
+                message = f"{what} from step {step} on: {stages[begins]}"  # type: ignore[index]
                 self._event(step + 1, what, message)
                 self._say(message)
 
@@ -446,7 +457,8 @@ class Run:
     def _look_ahead(self) -> None:
         """Log what the first samples say: how well positions are used, what a unigram model would lose."""
         assert self.log is not None
-        samples = self.supply.first_samples(1 + UNIGRAM_TOKENS // self.config.sequence_length)
+        with _reading():
+            samples = self.supply.first_samples(1 + UNIGRAM_TOKENS // self.config.sequence_length)
         size, count = self.shape["micro_batch"], len(samples)
         training = [self.collate(samples[first : first + size]) for first in range(0, count, size)]
         used, positions = map(sum, zip(*map(self.objective.used, training), strict=True))
@@ -518,7 +530,11 @@ class Run:
             self._write("sample", step, prompt=self.config.evaluation.prompt, text=sample)
 
     def _interruptible(self, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+        while True:
+            with _reading():
+                batch = next(batches, None)
+            if batch is None:
+                return
             self.watchdog.mark(step, "evaluate")
             if self.world.agree(self.stop.requested is not None)[0]:
                 raise Interrupted
@@ -573,6 +589,15 @@ class Run:
             elapsed_s=self.log.elapsed_before + time.perf_counter() - self.started,
             **values,
         )
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """A block that reads data: what is wrong with it is no bug of ours, and gets one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(str(error)) from error
 
 
 def _due(done: int, every: int | None, total: int) -> bool:

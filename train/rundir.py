@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -135,8 +136,10 @@ class RunDir:
         Raises:
             ValueError: the run was started on other data or other inputs.
         """
-        content = json.dumps({"prepared": str(prepared.resolve()), "inputs": inputs}, indent=1) + "\n"
-        if self.data.exists() and not _same_tokens(self.prepared(), prepared):
+        tokens = hashlib.sha256(json.dumps(_tokens_of(prepared)).encode()).hexdigest()
+        known = {"prepared": str(prepared.resolve()), "tokens": tokens, "inputs": inputs}
+        content = json.dumps(known, indent=1) + "\n"
+        if self.data.exists() and not self._trains_on(prepared, tokens):
             raise ValueError(
                 f"data: the corpus has changed since {self.path} was started ({self.prepared().name}, now"
                 f" {prepared.name}); restore it, or choose another name=…"
@@ -151,6 +154,10 @@ class RunDir:
         write(self.data, content)
         # Last, because a run is one that has a config.
         write(self.config, OmegaConf.to_yaml(OmegaConf.create(to_container(config))))
+
+    def _trains_on(self, prepared: Path, tokens: str) -> bool:
+        known = json.loads(self.data.read_text()).get("tokens")
+        return _same_tokens(self.prepared(), prepared) if known is None else known == tokens
 
     def prepared(self) -> Path:
         """The folder of the run's prepared data."""

@@ -34,6 +34,12 @@ class Supply:
     collates: dict[int, Collate]
     total_steps: int
 
+    def check_horizon(self, passed_over: int) -> None:
+        """Raises ValueError where the caps of a mixture leave too little for the horizon when so many steps
+        are passed over."""
+        if isinstance(self.order, Mixture):
+            self.order.check_horizon(self.total_steps + passed_over)
+
     def first_samples(self, most: int) -> list[Sample]:
         """The samples that come first in training."""
         packing = self.packing.fresh() if isinstance(self.packing, StreamPacking) else self.packing
@@ -83,10 +89,12 @@ def supply(config: RunConfig, objective: Any, prepared: Path) -> Supply:
         total = total_steps(config, packing.samples)
         order = Order(packing.samples, plan, config.seed, block)
         return Supply(packing, order, plan, collate, collates, total)
-    packed = {
-        name: pack(Part(stream, *part["documents"]), method, collate, training=True)
-        for name, part in parts.items()
-    }
+    packed = {}
+    for name, part in parts.items():
+        try:
+            packed[name] = pack(Part(stream, *part["documents"]), method, collate, training=True)
+        except ValueError as error:
+            raise ValueError(f"data.source.parts.{name}: {error}") from None
     joined, sizes = Joined(list(packed.values())), {name: part.samples for name, part in packed.items()}
     total = total_steps(config, joined.samples)
     mix = config.mixture

@@ -103,6 +103,19 @@ def test_any_stretch_reads_as_it_does_in_sequence(tmp_path: Path) -> None:
             changed.read(start, stop)
 
 
+def test_it_knows_the_shards_that_it_reads(tmp_path: Path) -> None:
+    stream = infilled(plain(tmp_path))
+    random = np.random.default_rng(0)
+    for start, stop in np.sort(random.integers(0, stream.tokens, (60, 2), endpoint=True)).tolist():
+        if start == stop:
+            continue
+        known = stream.shards_of(np.array([[start - 1, stop]]))
+        stream.shards._maps.clear()
+        stream.read(start - 1, stop)
+        assert set(stream.shards._maps) <= set(known)
+        assert max(known) < len(stream.shards.entries)
+
+
 def test_it_says_of_itself_what_the_plain_stream_does(tmp_path: Path) -> None:
     stream = plain(tmp_path)
     changed = infilled(stream)

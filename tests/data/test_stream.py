@@ -260,6 +260,20 @@ def test_a_long_document_comes_in_pieces_and_goes_on_inside_one(tmp_path: Path, 
     assert bounds == [len(tokenizer.encode(texts[0]).ids) + 1]
 
 
+@pytest.mark.parametrize("first", [0, 1, 5, 8])
+def test_a_corpus_may_begin_at_any_sample(corpus: Corpus, tokenizer: Tokenizer, first: int) -> None:
+    """As in a fork: sample `first` + i, where the shards come in their turns, is the first of its shard."""
+    (source, _), shards = corpus, 3
+    documents = open_documents(source, shards)
+    plain = StreamPacking(documents, tokenizer, WINDOW)
+    begun = StreamPacking(documents, tokenizer, WINDOW)
+    begun.load_state(begun.state_at(first))
+    for index in range(first, first + 2 * shards):
+        number, window = index % shards, (index - first) // shards
+        one, other = begun.sample(index), plain.sample(window * shards + number)
+        assert one.tokens.tolist() == other.tokens.tolist() and one.bounds.tolist() == other.bounds.tolist()
+
+
 def test_a_sample_is_not_read_twice(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = Rows("json", write_jsonl(tmp_path / "a.jsonl", list(TEXTS)))
     packing = StreamPacking(open_documents(source, 2), tokenizer, WINDOW)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data.shards import MANIFEST
 from tests.tiny import ROOT, config
 from train.config import load
 from train.rundir import RunDir, environment
@@ -26,13 +27,21 @@ sys.stdin.read()
 """
 
 
+def prepared_as(folder: Path, tokens: str = "abc") -> Path:
+    """A prepared folder, as far as a run directory looks at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {"splits": {"train": {"shards": [{"sha256": tokens}]}}, "inputs": {}}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
 def frozen(
     folder: Path, *overrides: str, prepared: str = "prepared/text-0123", world_size: int = 2
 ) -> RunDir:
     """A run directory as it stands once training has begun."""
     rundir = RunDir(folder / "run")
     rundir.path.mkdir(exist_ok=True)
-    rundir.freeze(config(folder, *overrides), folder / prepared, {})
+    rundir.freeze(config(folder, *overrides), prepared_as(folder / prepared), {})
     rundir.record({}, {}, {"world_size": world_size})
     return rundir
 
@@ -122,13 +131,18 @@ def test_another_corpus_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     rundir = frozen(tmp_path)
     before = {path.name: path.read_bytes() for path in rundir.path.iterdir()}
     with pytest.raises(ValueError, match="^data: the corpus has changed .*text-0123, now text-4567"):
-        rundir.freeze(config(tmp_path, "log.every=7"), tmp_path / "prepared" / "text-4567", {})
+        other = prepared_as(tmp_path / "prepared" / "text-4567", "other tokens")
+        rundir.freeze(config(tmp_path, "log.every=7"), other, {})
     assert {path.name: path.read_bytes() for path in rundir.path.iterdir()} == before
+    with pytest.raises(ValueError, match="^data: the corpus has changed"):  # in the place of the other
+        rundir.freeze(config(tmp_path), prepared_as(rundir.prepared(), "other tokens"), {})
+    rundir.freeze(config(tmp_path), prepared_as(tmp_path / "elsewhere"), {})
+    assert rundir.prepared() == (tmp_path / "elsewhere").resolve()
 
 
 def test_units_that_find_something_else_are_refused(tmp_path: Path) -> None:
     rundir = RunDir(tmp_path)
-    own = config(tmp_path), tmp_path / "prepared" / "text-0123"
+    own = config(tmp_path), prepared_as(tmp_path / "prepared" / "text-0123")
     rundir.freeze(*own, {"objective.entities": "a1", "objective.phrases": "b2"})
     rundir.freeze(*own, {"objective.entities": "a1", "objective.phrases": "b2"})
     with pytest.raises(ValueError, match="^objective.phrases: finds something else than when .* was started"):

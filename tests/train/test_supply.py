@@ -13,7 +13,7 @@ import pytest
 from tests.distributed import run_ranks
 from tests.tiny import begun, config, corpus
 from tests.train.test_run import train_all
-from train.checkpoint import path_of, remove_after
+from train.checkpoint import path_of, read_state, remove_after
 from train.objective.causal import Causal
 from train.objective.masked import MaskedLM
 from train.records import read_metrics
@@ -101,6 +101,30 @@ def test_losses_agree(runs: dict[str, Path], name: str) -> None:
     if resumed:
         weights = "model.safetensors"
         assert (path_of(first, 6) / weights).read_bytes() == (path_of(second, 6) / weights).read_bytes()
+
+
+def test_a_fork_goes_on_with_a_stream(runs: dict[str, Path]) -> None:
+    """Whose text begins where the fork does."""
+    folder = runs["two"].parent.parent
+    own = [f"fork.run={runs['two']}", "fork.step=3", *streamed(folder), *GROWING, *EXACT]
+    forked = begun(folder, "stream-fork", 2, *own)
+    run_ranks(train_all, 2, [forked])
+    assert [r["step"] for r in records(forked)] == [4, 5, 6]
+    shards = read_state(path_of(forked / "checkpoints", 6))["stream"]["of"]
+    # Steps 3 to 5 take 40 samples: 10 windows of each shard, which has about 400 bytes to a text.
+    assert [shard["window"] for shard in shards.values()] == [14] * 4
+    assert all(shard["epoch"] == 0 and shard["reading"]["row"] < 12 for shard in shards.values())
+    growing = "curriculum={0:{sequence_length:16,global_batch:16}}"
+    with pytest.raises(ValueError, match="^curriculum: differs before step 3, where the fork begins"):
+        begun(folder, "stream-fork-2", 2, *own, growing)
+
+
+def test_a_part_that_is_too_short_is_named(tmp_path: Path) -> None:
+    more = parts(tmp_path)
+    for path in (tmp_path / "b").iterdir():
+        path.write_text("b")
+    with pytest.raises(ValueError, match="^data.source.parts.b: sequence_length: a sample takes 64 tokens"):
+        begun(tmp_path, "refused", 2, *more, "sequence_length=64")
 
 
 def test_tokens_and_shares_are_those_asked_for(runs: dict[str, Path]) -> None:

@@ -49,8 +49,8 @@ class Warc(Files):
     """The pages in .warc and .warc.gz files: successful responses with HTML or plain text, and converted text
     (Common Crawl's WET files).
 
-    A document's id is that of its record, so that it stays when archives are dealt out anew; `about` has url
-    and retrieved (ISO date). Raises ValueError on a file that is broken or cut off.
+    A document's id is its address, so that it stays when pages are fetched again; `about` has url and
+    retrieved (ISO date). Raises ValueError on a file that is broken or cut off.
     """
 
     def read(self, path: Path, name: str) -> Iterator[Document]:
@@ -161,7 +161,7 @@ def _page(record: Any, content: bytes) -> Iterator[Document]:
         return
     url = record.rec_headers.get_header("WARC-Target-URI") or ""
     retrieved = (record.rec_headers.get_header("WARC-Date") or "")[:10]
-    id = (record.rec_headers.get_header("WARC-Record-ID") or url).strip("<>").removeprefix("urn:uuid:")
+    id = url or (record.rec_headers.get_header("WARC-Record-ID") or "").strip("<>").removeprefix("urn:uuid:")
     about = {key: value for key, value in {"url": url, "retrieved": retrieved}.items() if value}
     for piece in pieces(id, [text]):
         yield piece._replace(about=about)

@@ -176,7 +176,9 @@ class RunDir:
 def _at(container: Any, key: str) -> Any:
     """What stands at a dotted key; None where nothing does."""
     for part in key.split("."):
-        container = container.get(part) if isinstance(container, dict) else None
+        if not isinstance(container, dict):
+            return None
+        container = container.get(int(part) if part.isdigit() else part)  # steps are numbers
     return container
 
 

@@ -125,9 +125,9 @@ def test_an_archive_yields_its_pages(tmp_path: Path, compressed: bool) -> None:
     path.write_bytes(archive(compressed))
     source = Warc(str(path))
     assert read(source) == {
-        "id/page": "<html>编码</html>",
-        "id/packed": "plain text",
-        "id/converted": "umgewandelt – Text",
+        "http://a.example/page": "<html>编码</html>",
+        "http://a.example/packed": "plain text",
+        "http://a.example/converted": "umgewandelt – Text",
     }
     about = [dict(document.about) for document in source.documents()]
     urls = [f"http://a.example/{name}" for name in ("page", "packed", "converted")]

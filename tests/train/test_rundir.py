@@ -103,6 +103,7 @@ def test_a_read_only_directory_cannot_be_written(tmp_path: Path) -> None:
             r"seed: differs from \S+ \S+ was started with, 0 and now 1 \(so does model.width\)",
         ),
         (["engine.precision=fp32"], "engine.precision: differs"),
+        (["mixture.stages={4:{a:1}}"], r"mixture.stages: differs from .* started with, None and now \{4"),
     ],
 )
 def test_a_changed_run_is_refused_by_name(tmp_path: Path, overrides: list[str], message: str) -> None:

@@ -71,6 +71,8 @@ class FromSource:
     """Train on the whole source and validate on another one. documents: its first so many; None: on all."""
 
     def __init__(self, source: Source, documents: int | None = None) -> None:
+        if source is None:
+            raise ValueError("data.validation.source: must be set; name a source, as for data.source")
         self.source = source
         self.documents = documents
 

@@ -71,3 +71,8 @@ def test_another_source_can_be_the_held_out_one() -> None:
 def test_a_share_is_between_0_and_1(rule: type[ByDocument], share: float) -> None:
     with pytest.raises(ValueError, match=r"^data\.validation\.share: "):
         rule(share)
+
+
+def test_a_validation_source_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="^data.validation.source: must be set"):
+        FromSource(None)  # type: ignore[arg-type]

@@ -1,3 +1,4 @@
+import inspect
 import json
 import random
 import signal
@@ -364,3 +365,13 @@ def test_a_corpus_of_one_document_that_is_too_long_is_one_line(tmp_path: Path) -
     made = corpus(f"{tmp_path}/long.txt", tmp_path, {})
     with pytest.raises(ValueError, match=r"^data\.source\.inputs: all are dropped \(too long 1\)"):
         made.build(progress=False)
+
+
+def test_another_code_of_a_stage_of_ones_own_makes_another_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, stages = write(tmp_path / "raw", TEXTS), {"own": stage("Without", word="nothing")}
+    before = corpus(paths, tmp_path, stages).fingerprint
+    assert corpus(paths, tmp_path, stages).fingerprint == before
+    monkeypatch.setattr(inspect, "getsource", lambda module: f"# {module.__name__}, edited")
+    assert corpus(paths, tmp_path, stages).fingerprint != before

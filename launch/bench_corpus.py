@@ -36,16 +36,6 @@ from launch import bench_planted as planted
 ROOTS = ["/usr/share/doc", "/usr/share/perl*", "/usr/share/man", "/usr/share/info", "/usr/lib/python3*"]
 SUFFIXES = {"", ".gz", ".txt", ".md", ".rst", ".html", ".py", ".pm", ".pl", ".pod", ".htm"}
 SMALLEST, LARGEST = 500, 200_000  # characters of a file that is taken
-NEAR = 5  # words in a run, as in data.corpus.dedup.Near
-UNLIKE = 0.5  # share of runs in common below which two documents are no near-duplicates; MinHash aims at 0.72
-SAMPLED = 16  # one in so many runs is looked at to find which documents are alike
-KINDS = {
-    "1 % of words": 0.01,
-    "2 % of words": 0.02,
-    "3 % of words": 0.03,
-    "5 % of words": 0.05,
-    "moved": None,
-}
 
 
 def corpus_figures(

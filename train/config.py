@@ -380,6 +380,15 @@ def differences(key: str, old: Any, new: Any) -> list[str]:
     return [] if old == new else [key]
 
 
+def at(container: Any, key: str) -> Any:
+    """What stands at a dotted key; None where nothing does."""
+    for part in key.split("."):
+        if not isinstance(container, dict):
+            return None
+        container = container.get(int(part) if part.isdigit() else part)  # steps are numbers
+    return container
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

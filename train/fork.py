@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from data.tokenizer import load_tokenizer
 from train.checkpoint import LATEST, damage, discard, newest_good, path_of, steps
-from train.config import RunConfig, differences, load, to_container
+from train.config import RunConfig, at, differences, load, to_container
 from train.config import steps as steps_of
 from train.files import sync_folder, write
 from train.rundir import RunDir
@@ -164,15 +164,9 @@ def _differing(before: RunConfig, now: RunConfig) -> list[str]:
     """Dotted keys that differ and that a fork has in common with its parent."""
     old, new = to_container(before), to_container(now)
     found = differences("model", old["model"], new["model"])
-    return [key for key in SAME if _at(old, key) != _at(new, key)] + [
+    return [key for key in SAME if at(old, key) != at(new, key)] + [
         k for k in found if k != "model.init_from"
     ]
-
-
-def _at(container: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        container = container[part]
-    return container
 
 
 def _text_of(config: RunConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.shards import MANIFEST, read_manifest
-from train.config import RunConfig, changed, load, to_container
+from train.config import RunConfig, at, changed, load, to_container
 from train.files import write
 from train.lock import Lock
 
@@ -103,7 +103,7 @@ class RunDir:
         before = load(self.config)
         keys = changed(before, config)
         if keys:
-            was, now = (_at(to_container(one), keys[0]) for one in (before, config))
+            was, now = (at(to_container(one), keys[0]) for one in (before, config))
             others = (
                 f" (so {'do' if len(keys) > 2 else 'does'} {', '.join(keys[1:])})" if len(keys) > 1 else ""
             )
@@ -171,15 +171,6 @@ class RunDir:
             (self.environment, environment),
         ):
             write(path, json.dumps(content, indent=2) + "\n")
-
-
-def _at(container: Any, key: str) -> Any:
-    """What stands at a dotted key; None where nothing does."""
-    for part in key.split("."):
-        if not isinstance(container, dict):
-            return None
-        container = container.get(int(part) if part.isdigit() else part)  # steps are numbers
-    return container
 
 
 def _same_tokens(before: Path, now: Path) -> bool:

@@ -83,20 +83,6 @@ def node(tmp_path: Path, address: str, room: float = 100) -> DictConfig:
     return OmegaConf.create(keys | {"cache": f"{tmp_path}/cache", "cache_bytes": room * (2 * SHARD + 128)})
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this user cannot mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def cached(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").glob("*.npy"))
 

@@ -13,7 +13,7 @@ import resource
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -435,20 +435,6 @@ def test_a_limit_on_the_size_of_files(ranks: Ranks, tmp_path: Path) -> None:
         assert saved.error == os.strerror(errno.EFBIG)
         assert names(tmp_path) == before and good(tmp_path) == (3, [])
     assert save(own, 6).error is None and good(tmp_path) == (6, [])
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this user cannot mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_costs_only_the_save(ranks: Ranks, disk: Path) -> None:

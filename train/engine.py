@@ -255,10 +255,23 @@ class Engine:
                 for mine, copies in zip(members, stepped, strict=True)
                 for own, copy in zip(mine, copies, strict=True)
             }
+        if self.zero_stage == 3:
+            self._clear_padding()
         # DeepSpeed's optimizers all end in this call, at which the gradient norm is known on every rank.
         self._update, optimizer.step = optimizer.step, self._judged_update  # type: ignore[method-assign]
         self.engine._copy_recovery_script = lambda folder: None  # model.safetensors needs none
         self.set_learning_rate(1.0)
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """Zero what ZeRO-3 adds to a parameter that the ranks cannot share evenly, and leaves as it finds it."""
+        optimizer = self.engine.optimizer
+        for parameter in self.model.parameters():
+            group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            own = min(count, max(0, parameter.ds_numel - count * self.world.rank))  # type: ignore[attr-defined]
+            parameter.ds_tensor.view(-1)[own:].zero_()  # type: ignore[attr-defined]
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            flat.narrow(0, start + own, count - own).zero_()
 
     def set_learning_rate(self, multiplier: float) -> None:
         """Scale every group's peak learning rate for the next step."""

@@ -63,6 +63,7 @@ def train_all(directories: list[Path]) -> None:
     from train.stop import current
 
     hurry()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # has memory begin as NaN instead of anything
     world = start_world()
     for directory in directories:
         rundir = RunDir(directory)

@@ -264,7 +264,7 @@ class Engine:
 
     @torch.no_grad()
     def _clear_padding(self) -> None:
-        """Zero what ZeRO-3 adds to a parameter that the ranks cannot share evenly, and leaves as it finds it."""
+        """Zero what ZeRO-3 adds to a parameter that the ranks cannot share evenly, and leaves as found."""
         optimizer = self.engine.optimizer
         for parameter in self.model.parameters():
             group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]

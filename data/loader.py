@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from data.order import Ordered
-from data.packing import BestFit, Chunks, Packing, Readable, Sample, Samples
+from data.packing import BestFit, Chunks, Draw, Packing, Readable, Sample, Samples
 from data.prefetch import prefetcher
 from data.shards import TokenStream
 
@@ -140,11 +140,8 @@ class Loader:
         rows = self.order.steps.rows(step)
         length = self.packing.window // rows
         batches = []
-        for micro in zip(ids, epochs, strict=True):
-            samples = (self.packing.sample(int(i), int(e), step) for i, e in zip(*micro, strict=True))
-            batches.append(
-                self.collates[length]([row for sample in samples for row in sample.cut(length, rows)])
-            )
+        for micro in zip(ids.tolist(), epochs.tolist(), strict=True):
+            batches.append(self.collates[length](Draw(self.packing, *micro, step, rows)))
         return batches, self._reading()
 
     def _reading(self) -> dict[str, Any] | None:

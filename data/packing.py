@@ -7,11 +7,13 @@ fullest one that still has room (best-fit decreasing, as in arXiv 2404.10830, se
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -87,12 +89,63 @@ class Readable(Protocol):
     def sample(self, index: int, epoch: int = 0, step: int | None = None) -> Sample: ...
 
 
+@runtime_checkable
+class Stretched(Protocol):
+    """Samples of which most lie in the stream as they are."""
+
+    def stretch(self, index: int) -> np.ndarray | None:
+        """ids [1 + window]: the token before a sample and its own; None where it is not one whole stretch."""
+        ...
+
+
 class Samples(Readable, Protocol):
     """The samples of one pass over a corpus. samples: how many."""
 
     samples: int
 
     def usage(self) -> Usage: ...
+
+
+class Draw(Sequence[Sample]):
+    """Samples of a micro-batch, each cut into rows. They are made when the first is looked at: a collator
+    that can do with text() spares that, most of the work."""
+
+    def __init__(
+        self, packing: Readable, indices: Sequence[int], epochs: Sequence[int], step: int | None, rows: int
+    ) -> None:
+        self._packing, self._indices, self._epochs = packing, indices, epochs
+        self._step, self._rows = step, rows
+
+    def text(self) -> np.ndarray | None:
+        """ids [samples, 1 + window]: the token before each sample and its own, not cut. None where they are
+        not whole stretches of the stream."""
+        if not isinstance(self._packing, Stretched):
+            return None
+        texts = [self._packing.stretch(index) for index in self._indices]
+        whole = [text for text in texts if text is not None]
+        return np.stack(whole) if len(whole) == len(texts) else None
+
+    def __len__(self) -> int:
+        return len(self._indices) * self._rows
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        return self._samples[index]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self._samples)
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        drawn = zip(self._indices, self._epochs, strict=True)
+        samples = [self._packing.sample(index, epoch, self._step) for index, epoch in drawn]
+        length = self._packing.window // self._rows
+        return [row for sample in samples for row in sample.cut(length, self._rows)]
 
 
 class Packing:
@@ -141,7 +194,7 @@ class Chunks(Packing):
         return np.stack([bounds[:-1], bounds[1:]], axis=1)
 
     def sample(self, index: int, epoch: int = 0, step: int | None = None) -> Sample:
-        """As any packing's, three times as fast: the pieces lie one after the other, so one read will do."""
+        """As any packing's, faster: the pieces lie one after the other, so one read will do."""
         if index >= self.samples:
             return Sample.empty((epoch, index), step)
         start, stop = index * self.window, min((index + 1) * self.window, self.stream.tokens)
@@ -151,6 +204,12 @@ class Chunks(Packing):
         bounds -= start
         text = self.stream.read(start - 1, stop).astype(np.int64)
         return Sample(text[1:], text[bounds[:-1]], bounds, (epoch, index), step)
+
+    def stretch(self, index: int) -> np.ndarray | None:
+        """Sample `index` as it lies in the stream: ids [1 + window], the token before it and its own. None
+        where it is shorter or empty."""
+        start, stop = index * self.window, (index + 1) * self.window
+        return self.stream.read(start - 1, stop) if stop <= self.stream.tokens else None
 
     def usage(self) -> Usage:
         held = min(self.samples * self.window, self.stream.tokens)
@@ -192,16 +251,27 @@ class Joined:
     def __init__(self, parts: Sequence[Samples]) -> None:
         self.parts = list(parts)
         self.window = max(part.window for part in self.parts)
-        self._starts = np.cumsum([0, *(part.samples for part in self.parts)])
-        self.samples = int(self._starts[-1])
+        self._starts = list(accumulate((part.samples for part in self.parts), initial=0))
+        self.samples = self._starts[-1]
+        self._stretched = all(isinstance(part, Stretched) for part in parts)
 
     def sample(self, index: int, epoch: int = 0, step: int | None = None) -> Sample:
         """Sample `index`; past the last one an empty sample. Its key is of the joined index."""
         if index >= self.samples:
             return Sample.empty((epoch, index), step)
-        part = int(np.searchsorted(self._starts, index, "right")) - 1
-        found = self.parts[part].sample(index - int(self._starts[part]), epoch, step)
-        return replace(found, key=(epoch, index))
+        part, place = self._place(index)
+        return replace(part.sample(place, epoch, step), key=(epoch, index))
+
+    def stretch(self, index: int) -> np.ndarray | None:
+        """As of Chunks, where the parts are such."""
+        if not self._stretched or index >= self.samples:
+            return None
+        part, place = self._place(index)
+        return part.stretch(place)  # type: ignore[attr-defined]
+
+    def _place(self, index: int) -> tuple[Samples, int]:
+        part = bisect_right(self._starts, index) - 1
+        return self.parts[part], index - self._starts[part]
 
     def usage(self) -> Usage:
         usages = [part.usage() for part in self.parts]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.loader import IGNORED
-from data.packing import Sample, document_ids
+from data.packing import Draw, Sample, document_ids
 
 
 class Causal:
@@ -29,6 +29,12 @@ class Causal:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """B samples -> int64 [B, T] "tokens" and "labels"; isolated, also int32 [B, T] "documents"."""
+        if not self.isolate and isinstance(samples, Draw) and (text := samples.text()) is not None:
+            text_NS, shape = torch.from_numpy(text), (len(samples), self.window)
+            return {
+                "tokens": text_NS[:, :-1].to(torch.int64).view(shape),
+                "labels": text_NS[:, 1:].to(torch.int64).view(shape),
+            }
         tokens_BT = np.full((len(samples), self.window), self.end_of_text, np.int64)
         labels_BT = np.full((len(samples), self.window), IGNORED, np.int64)
         for row, sample in enumerate(samples):

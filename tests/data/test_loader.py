@@ -13,7 +13,7 @@ from data.curriculum import Curriculum
 from data.loader import IGNORED, Batch, Loader, evaluation_batches, pack
 from data.mix import Mixture
 from data.order import Order, Ordered
-from data.packing import Joined, Packing, Readable, Sample
+from data.packing import Draw, Joined, Packing, Readable, Sample
 from data.shards import TokenStream
 from tests.data.conftest import StreamOf
 from tests.data.documents import numbered, write_documents
@@ -121,6 +121,49 @@ def test_shorter_rows_give_the_same_union_in_any_world(stream_of: StreamOf, rank
     for step in range(6):  # as many tokens in each forward pass
         assert {batch["labels"].numel() for batch in rank.step(step)} == {micro * LENGTH}
     rank.close()
+
+
+@pytest.mark.parametrize("part", [0, 1, None])
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_batches_of_stretches_are_those_of_the_samples(tmp_path: Path, part: int | None, length: int) -> None:
+    streams = []
+    for name, sizes in {"a": [1, 7, 20, 3], "b": [9, 9, 2]}.items():
+        (tmp_path / name).mkdir()
+        streams.append(write_documents(tmp_path / name, numbered(sizes)))
+    parts = [chunks(stream) for stream in streams]
+    packing = Joined(parts) if part is None else parts[part]
+    collate = Causal(length, 0)
+    samples = [packing.sample(i) for i in range(packing.samples)]
+    cuts = [row for sample in samples for row in sample.cut(length, LENGTH // length)]
+    expected = collate(cuts)
+    every = range(packing.samples)
+    draw = Draw(packing, every, [0] * packing.samples, 3, LENGTH // length)
+    assert draw.text() is not None
+    found = collate(draw)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
+    assert [(row.key, row.tokens.tolist()) for row in draw] == [(c.key, c.tokens.tolist()) for c in cuts]
+    assert len(draw) == len(cuts) and draw[-1].step == 3
+    assert Draw(packing, [0, packing.samples], [0, 0], 3, 1).text() is None
+
+
+def test_samples_are_made_one_by_one_only_where_batches_need_it(stream_of: StreamOf) -> None:
+    packing = chunks(stream_of(range(1, 49)))
+    made = []
+    sample = packing.sample
+
+    def noted(index: int, *others: Any) -> Sample:
+        made.append(index)
+        return sample(index, *others)
+
+    packing.sample = noted  # type: ignore[method-assign]
+    for isolate, count in ((False, 0), (True, 12)):
+        order, collate = Order(packing.samples, 12, seed=9), Causal(LENGTH, 0, isolate)
+        batches = Loader(packing, order, collate, micro_batch=12, rank=0, world_size=1, ahead=0).step(0)
+        assert len(made) == count
+        assert ("documents" in batches[0]) == isolate
+        assert sorted(label for row in rows(batches) for label in row) == list(range(1, 49))
 
 
 def test_a_world_that_a_stage_cannot_be_dealt_out_to_is_refused(stream_of: StreamOf) -> None:

@@ -9,14 +9,16 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     InstantiationException,
     MissingConfigException,
+    OverrideParseException,
 )
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import MISSING, OmegaConf
@@ -25,6 +27,7 @@ from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 P = ParamSpec("P")
 R = TypeVar("R")
 RESERVED = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+SOURCE = re.compile(r"(?<![\w./-])data\.source(?![\w-])")  # in a message, but not in the name of a file
 
 
 def main_guard(main: Callable[[], Any]) -> None:
@@ -62,6 +65,10 @@ def one_line(error: BaseException) -> str:
         return f"{group}={choice}: no such choice; there are {', '.join(error.options)}"
     if isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, ConfigAttributeError):
         return _no_such_key(error.__cause__)
+    if isinstance(error, OverrideParseException):
+        return f"Error parsing override {error.override!r}: write key=value, braces and blanks in quotes"
+    if taken := re.match(r"Could not append to config\. An item is already at '(.*?)'", str(error).strip()):
+        return f"{taken[1]}: is set already; leave out the +, and put a value with braces in quotes"
     message = re.sub(r"See https://hydra\S*.*", "", str(error))
     return " ".join(message.split()) or type(error).__name__
 
@@ -75,10 +82,35 @@ def _no_such_key(error: ConfigAttributeError) -> str:
     if key in names:
         return f"{full_key}: is not set in the YAML; to set it, write +{full_key}=..."
     close = difflib.get_close_matches(key, names, n=1)
-    advice = f"there are {', '.join(names)}" if names else "leave it out"
+    advice = f"there are {', '.join(names)}" if names else f"leave it out, or write +{full_key}=... to add it"
     if close:
         advice = f"did you mean {full_key.removesuffix(key)}{close[0]}?"
     return f"{full_key}: no such key; {advice}"
+
+
+@contextmanager
+def standing_at(key: str) -> Iterator[None]:
+    """For work on a source that stands at `key`: its errors then name this key."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not SOURCE.match(str(error)):
+            raise
+        message = under(key, str(error), None)
+        raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
+
+
+def under(key: str, message: str, target: Any) -> str:
+    """What an object of class `target` that stands at `key` says, by full keys.
+
+    Sources call themselves data.source, wherever they stand. Other classes name an argument of their own
+    alone, as in "workers: 0 is less than 1".
+    """
+    if SOURCE.match(message):
+        return SOURCE.sub(lambda _: key, message)
+    named = re.match(r"(\w+)(\.[\w-]+)*: ", message)
+    joint = "." if named and target and named[1] in inspect.signature(target).parameters else ": "
+    return f"{key}{joint}{message}"
 
 
 def instantiate(node: Any, key: str, **extra: Any) -> Any:
@@ -89,8 +121,8 @@ def instantiate(node: Any, key: str, **extra: Any) -> Any:
     starts with the key.
     """
     arguments = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if not isinstance(arguments, Mapping) or "_target_" not in arguments:
-        raise ValueError(f"{key}: has no _target_ that names a class")
+    if not _is_node(arguments):
+        raise _no_target(key, arguments)
     arguments = {str(name): value for name, value in arguments.items()}
     _check(arguments, key, set(extra))
     try:
@@ -99,7 +131,13 @@ def instantiate(node: Any, key: str, **extra: Any) -> Any:
         cause = error.__cause__
         if not isinstance(cause, ValueError | TypeError | OSError | None):
             raise cause from None
-        raise ValueError(_prefixed(key, one_line(cause or error))) from error
+        nested = re.search(r"^full_key: (\S+)$", str(error), re.MULTILINE)
+        where = f"{key}.{nested[1]}" if nested else key
+        message = one_line(cause or error)
+        if SOURCE.match(message) or not message.startswith(key):
+            target = re.search(r"call to target '([\w.]+)'", str(error))
+            message = under(where, message, _locate(target[1], where) if target else None)
+        raise ValueError(message) from error
 
 
 def _check(node: Mapping[Any, Any], key: str, extra: set[str]) -> None:
@@ -117,10 +155,7 @@ def _check(node: Mapping[Any, Any], key: str, extra: set[str]) -> None:
             raise ValueError(f"{key}.{name}: must be set, for example {key}.{name}=... on the command line")
         if isinstance(value, Mapping):
             _check_within({name: value}, key)
-        if not (isinstance(value, Mapping) and "_target_" in value) and not _fits(
-            value, hints.get(name, Any)
-        ):
-            raise ValueError(f"{key}.{name}: {value!r} is not {_spelled(hints[name])}")
+        _check_value(value, hints.get(name, Any), f"{key}.{name}")
     if node.get("_partial_"):
         return
     for name, parameter in parameters.items():
@@ -135,10 +170,39 @@ def _check(node: Mapping[Any, Any], key: str, extra: set[str]) -> None:
 def _check_within(node: Mapping[Any, Any], key: str) -> None:
     """`_check` of every `_target_` node inside of a plain mapping."""
     for name, value in node.items():
-        if isinstance(value, Mapping) and "_target_" in value:
+        if _is_node(value):
             _check(value, f"{key}.{name}", set())
         elif isinstance(value, Mapping):
             _check_within(value, f"{key}.{name}")
+
+
+def _check_value(value: Any, hint: Any, key: str) -> None:
+    """Refuse what a simple annotation does not allow; nodes are left to `_check`."""
+    if _is_node(value):
+        return
+    if _is_protocol(hint):
+        raise _no_target(key, value)
+    if not _fits(value, hint):
+        raise ValueError(f"{key}: {value!r} is not {_spelled(hint)}")
+    if typing.get_origin(hint) is dict and _is_protocol(typing.get_args(hint)[1]):
+        for name, inner in value.items():
+            _check_value(inner, typing.get_args(hint)[1], f"{key}.{name}")
+
+
+def _is_protocol(hint: Any) -> bool:
+    return getattr(hint, "_is_protocol", False)
+
+
+def _is_node(value: Any) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _no_target(key: str, value: Any) -> ValueError:
+    if isinstance(value, Mapping):
+        return ValueError(f"{key}: has no _target_ that names a class; set {key}._target_=module.Class")
+    return ValueError(
+        f"{key}: {value!r} is no node with a _target_; write '{key}={{_target_:module.Class}}', in quotes"
+    )
 
 
 def _locate(path: Any, key: str) -> Callable[..., Any]:
@@ -185,7 +249,3 @@ def _spelled(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _prefixed(key: str, message: str) -> str:
-    return message if message.startswith(key) else f"{key}: {message}"

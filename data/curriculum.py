@@ -72,10 +72,6 @@ class Curriculum:
         """How many sequences each sample of the step is cut into: L / l."""
         return self.sequence_length // self.stage(step).sequence_length
 
-    def tokens(self, step: int) -> int:
-        """Positions of sequences in steps 0, ..., step - 1."""
-        return self.span(step)[0] * self.sequence_length
-
     def steps(self, samples: int) -> int:
         """How many steps it takes to read so many samples."""
         last = max(stage.step for stage in self.stages)

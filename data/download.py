@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -20,6 +20,7 @@ TRIES = 5  # in a row that bring nothing
 PAUSE = 0.5  # seconds before the second try, twice as long before each further one
 TIMEOUT = 10.0  # seconds
 LEAST = 2**16  # bytes that must come within TIMEOUT
+LATER = frozenset({408, 425, 429})  # of the statuses 4xx those that another try may change
 PROGRESS = 2**20  # bytes by which a try has brought something
 BLOCK = 2**18
 NEVER = threading.Event()
@@ -45,8 +46,8 @@ def download(address: str, path: Path, sha256: str | None = None, stop: threadin
     """Bring what lies at an address to `path`, going on behind the bytes that are there already.
 
     sha256: what its digest must be. What is cut off, slower than LEAST in TIMEOUT or wrong is tried again,
-    TRIES times in a row. Raises ValueError in one line with the address when that does not help, and the
-    bytes that came stay; Unwritable; Stopped once `stop` is set.
+    TRIES times in a row. Raises ValueError in one line with the address when that does not help or cannot
+    help, and the bytes that came stay; Unwritable; Stopped once `stop` is set.
     """
     source = _source(address)
     tries = 0
@@ -61,14 +62,36 @@ def download(address: str, path: Path, sha256: str | None = None, stop: threadin
         except (Unwritable, Stopped):
             raise
         except Exception as error:  # file systems fail in many classes of their own
-            wrong = one_line(error)
+            wrong = _reason(error)
+            if _final(error):
+                line = f"data.address: {address}: {wrong}; name a prepared folder that has it"
+                raise ValueError(line) from None
             if _size(path) - before >= PROGRESS:
                 tries = 0
         tries += 1
         if tries == TRIES:
-            raise ValueError(f"{address}: {wrong} ({TRIES} tries in a row)")
+            raise ValueError(
+                f"data.address: {address}: {wrong} ({TRIES} tries in a row); start again when it can be read"
+            )
         if stop.wait(PAUSE * 2 ** (tries - 1) * random.uniform(0.5, 1.5)):  # ranks do not come back at once
             raise Stopped
+
+
+def not_now(status: int) -> bool:
+    """Whether a server that answers with an HTTP status may answer otherwise later."""
+    return status >= 500 or status in LATER
+
+
+def _final(error: Exception) -> bool:
+    """Whether another try would end in the same error."""
+    if isinstance(error, HTTPError):
+        return not not_now(error.code)
+    return isinstance(error, FileNotFoundError | PermissionError | http.client.InvalidURL)
+
+
+def _reason(error: Exception) -> str:
+    cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, OSError) else error
+    return getattr(cause, "strerror", None) or one_line(cause)
 
 
 def _source(address: str) -> Callable[[int], AbstractContextManager[Remote]]:
@@ -82,7 +105,7 @@ def _source(address: str) -> Callable[[int], AbstractContextManager[Remote]]:
     try:
         file_system, path = url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{address}: {one_line(error)}") from None
+        raise ValueError(f"data.address: {address}: {one_line(error)}") from None
 
     @contextmanager
     def opened(offset: int) -> Iterator[Remote]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.files import write
 from data.heldout import HeldOutCompression
 from data.shards import SPLITS, SplitWriter, token_dtype
 from data.sources import PIECE, Document
@@ -127,7 +128,7 @@ def write_splits(
             unnoted = 0
             states = {split: writer.state() for split, writer in writers.items()}
             progress = {"items": done, "digest": digest.hexdigest(), "writers": states, "sizes": sizes}
-            _note(folder, progress | {"check": check.state()})
+            write(folder / PROGRESS, json.dumps(progress | {"check": check.state()}))
     entries = {split: writer.close() for split, writer in writers.items()}
     entries["validation"] |= compression.close()
     _refuse_empty(entries)
@@ -142,25 +143,13 @@ def _digest(digest: Any, split: Split, document: Document) -> None:
 
 def forget_progress(folder: Path) -> None:
     """All is done, and written down elsewhere."""
-    for name in (PROGRESS, f".{PROGRESS}"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / PROGRESS, *folder.glob(f".{PROGRESS}*")):  # those of killed processes, too
+        path.unlink(missing_ok=True)
 
 
 def _progress(folder: Path) -> dict[str, Any] | None:
     path = folder / PROGRESS
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def _note(folder: Path, progress: dict[str, Any]) -> None:
-    aside = folder / f".{PROGRESS}"
-    with aside.open("w") as file:
-        json.dump(progress, file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(folder / PROGRESS)
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _refuse_empty(entries: Mapping[Split, Any]) -> None:

@@ -13,28 +13,33 @@ import heapq
 import io
 import json
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.cli import main_guard, one_line_errors
+from data.cli import main_guard, one_line, one_line_errors
 from data.http import Busy, Http, Page, Refused, host_name
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FILE_BYTES = 2**30  # of a WARC file; the next page then begins another
+NAMED = 3  # addresses told of those that failed for one reason
+EXAMPLES = {"contact": "you@example.org", "addresses": "list.txt", "directory": "fetched"}
 DROPPED = frozenset({"transfer-encoding", "content-length", "content-encoding"})
 
 
 class Store:
     """A folder of fetched pages and of what is known about the others; one process at a time has it open.
 
-    A page is written whole and then noted in done.jsonl; opened again, what is not noted is cut off.
+    A page is written whole and then noted in done.jsonl; opened again, what is not noted is cut off. there:
+    addresses of the pages that were here when it was opened; refused: those that had failed for good.
     """
 
     def __init__(self, directory: Path, agent: str) -> None:
@@ -48,7 +53,8 @@ class Store:
             raise ValueError(f"{directory}: another fetch is at work here; wait for it to end") from None
         done = [line for line in _lines(directory / "done.jsonl") if line["end"] <= self._size(line["file"])]
         failed = [line for line in _lines(directory / "failed.jsonl") if not line["again"]]
-        self.known = {line["address"] for line in [*done, *failed]}
+        self.there = {line["address"] for line in done}
+        self.refused = {line["address"] for line in failed}
         self.pages = len(done)
         self._number = max((int(line["file"][:5]) for line in done), default=0)
         self._warc = (directory / self._name()).open("ab")
@@ -57,8 +63,9 @@ class Store:
         self._failed = _rewritten(directory / "failed.jsonl", failed)
 
     def close(self) -> None:
-        for file in (self._warc, self._done, self._failed, self._lock):
-            file.close()
+        with ExitStack() as files:  # all of them, also where a full disk refuses what one still holds
+            for file in (self._lock, self._failed, self._done, self._warc):
+                files.callback(file.close)
 
     def keep(self, address: str, page: Page) -> None:
         if self._warc.seek(0, io.SEEK_END) > FILE_BYTES:
@@ -152,9 +159,7 @@ class Crawl:
         for address in addresses:
             self._waiting.setdefault(host_name(address), deque()).append((address, 0))
         self._ready = [(0.0, host) for host in self._waiting]
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self.hosts, len(self._ready))):
-                group.create_task(self._work())
+        await asyncio.gather(*(self._work() for _ in range(min(self.hosts, len(self._ready)))))
 
     async def _work(self) -> None:
         while self._ready:  # where none is left, the other workers have the rest
@@ -186,16 +191,18 @@ class Crawl:
 
     def _fail(self, address: str, reason: str, again: bool) -> None:
         self.store.fail(address, reason, again)
-        self.meter.failed(reason)
+        self.meter.failed(address, reason)
 
 
 class Meter:
-    """A progress bar on a terminal: addresses done, pages a second, failures, and the time left."""
+    """What has become of the addresses, and a progress bar on a terminal: addresses done, pages a second,
+    failures, and the time left. there, refused: addresses that an earlier start had fetched, or had given up
+    for good. failures: addresses by the reason."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
-        self.pages = self.bytes = 0
-        self.reasons: Counter[str] = Counter()
+        self.pages = self.bytes = self.there = self.refused = 0
+        self.failures: defaultdict[str, list[str]] = defaultdict(list)
         self._progress = Progress(
             TextColumn("fetch"),
             BarColumn(),
@@ -216,12 +223,26 @@ class Meter:
         self.bytes += size
         self._show()
 
-    def failed(self, reason: str) -> None:
-        self.reasons[reason] += 1
+    def failed(self, address: str, reason: str) -> None:
+        self.failures[reason].append(address)
         self._show()
 
+    def ranked(self) -> list[tuple[str, list[str]]]:
+        """The failures, the most frequent reason first."""
+        return sorted(self.failures.items(), key=lambda failure: -len(failure[1]))
+
+    def summary(self, failed: Path) -> Iterator[str]:
+        """Lines that say it all. failed: the file that names the failures."""
+        yield f"fetched: {self.pages:,} pages, {self.bytes:,} bytes; {self.there:,} were there already"
+        if self.refused:
+            yield f"failed before, for good: {self.refused:,}, listed in {failed}; delete it to try again"
+        for reason, addresses in self.ranked():
+            more = len(addresses) - NAMED
+            others = f" and {more:,} more, listed in {failed}" if more > 0 else ""
+            yield f"failed: {len(addresses):,} {reason}: {', '.join(addresses[:NAMED])}{others}"
+
     def _show(self) -> None:
-        failures = self.reasons.total()
+        failures = sum(map(len, self.failures.values()))
         rate = self.pages / (time.perf_counter() - self._started)
         self._progress.update(self._task, completed=self.pages + failures, rate=rate, failures=failures)
 
@@ -229,10 +250,15 @@ class Meter:
 def read_addresses(path: Path) -> list[str]:
     """The addresses in a file, one a line, each once; empty lines and those that begin with # are skipped.
 
-    Raises ValueError on a line that is no address.
+    Raises ValueError on a file that cannot be read and a line that is no address.
     """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ValueError(f"addresses: {path}: {reason}; name a text file with one address a line") from None
     found: dict[str, None] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
@@ -247,31 +273,50 @@ def read_addresses(path: Path) -> list[str]:
     return list(found)
 
 
-def fetch(config: DictConfig) -> Meter:
-    """Fetch what is not there yet. Raises ValueError on a mistake in the settings, or if nothing was had."""
+def check(config: DictConfig) -> None:
+    """Raises ValueError in one line on a key that is not set, or to what cannot be."""
+    for key, example in EXAMPLES.items():
+        if OmegaConf.is_missing(config, key) or config[key] is None:
+            raise ValueError(f"{key}: must be set, for example {key}={example}")
     contact = str(config.contact)
     if not contact.isascii() or " " in contact or not ("@" in contact or "://" in contact):
         raise ValueError(
             f"contact: {contact!r} reaches no one; give an e-mail address or the address of a page"
         )
-    for key in ("delay", "hosts", "timeout", "largest"):
-        if not config[key] > 0:
-            raise ValueError(f"{key}: {config[key]} is not more than 0")
-    addresses = read_addresses(Path(config.addresses))
-    meter = Meter()
-    http = Http(contact, config.delay, config.timeout, config.largest)
-    store = Store(Path(config.directory), http.agent)
+    for key in ("delay", "timeout"):
+        if not (isinstance(config[key], int | float) and config[key] > 0):
+            raise ValueError(f"{key}: {config[key]!r} is not a number of seconds above 0; give one")
+    for key, least in {"hosts": 1, "retries": 0, "largest": 1}.items():
+        if not (isinstance(config[key], int) and config[key] >= least):
+            raise ValueError(f"{key}: {config[key]!r} is not a whole number of at least {least}; give one")
+
+
+def fetch(config: DictConfig) -> Meter:
+    """Fetch what is not there yet. Raises ValueError on a mistake in the settings, a folder that cannot be
+    written, or if nothing was had."""
+    check(config)
+    addresses, directory = read_addresses(Path(str(config.addresses))), Path(str(config.directory))
+    meter, http = Meter(), Http(str(config.contact), config.delay, config.timeout, config.largest)
     try:
-        rest = [address for address in addresses if address not in store.known]
-        crawl = Crawl(http, store, config.hosts, config.retries, meter)
-        with meter.begin(len(rest)):
-            asyncio.run(crawl.run(rest))
-    finally:
-        store.close()
-    if not store.pages:
-        reason, _ = meter.reasons.most_common(1)[0] if meter.reasons else ("every one failed before", 0)
+        store = Store(directory, http.agent)
+        try:
+            meter.there = len(store.there.intersection(addresses))
+            meter.refused = len(store.refused.intersection(addresses))
+            known = store.there | store.refused
+            rest = [address for address in addresses if address not in known]
+            crawl = Crawl(http, store, config.hosts, config.retries, meter)
+            with meter.begin(len(rest)):
+                asyncio.run(crawl.run(rest))
+        finally:
+            store.close()
+    except OSError as error:
         raise ValueError(
-            f"{config.addresses}: nothing could be fetched ({reason}); see {config.directory}/failed.jsonl"
+            f"directory: {directory}: {error.strerror}; make room there or name a folder that can be written"
+        ) from None
+    if not store.pages:
+        reason = next(iter(meter.ranked()), ("every one failed before", []))[0]
+        raise ValueError(
+            f"{config.addresses}: nothing could be fetched ({reason}); see {directory}/failed.jsonl"
         )
     return meter
 
@@ -280,9 +325,8 @@ def fetch(config: DictConfig) -> Meter:
 @one_line_errors
 def main(config: DictConfig) -> None:
     meter = fetch(config)
-    print(f"fetched: {meter.pages:,} pages, {meter.bytes:,} bytes")
-    for reason, count in meter.reasons.most_common():
-        print(f"failed: {count:,} {reason}")
+    for line in meter.summary(Path(config.directory, "failed.jsonl")):
+        print(line)
     print(config.directory)
 
 

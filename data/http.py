@@ -11,6 +11,7 @@ import httpx
 from protego import Protego
 
 from data.cli import one_line
+from data.download import not_now
 from data.raw import TYPES
 
 NAME = "isoflop"  # what robots.txt may speak of
@@ -169,7 +170,7 @@ def host_name(url: str) -> str:
 def _check(response: httpx.Response, largest: int, checked: bool) -> None:
     """Raises Refused or Busy on what its status and headers tell not to read."""
     status, headers = response.status_code, response.headers
-    if status == 429 or status >= 500:
+    if not_now(status):
         wait = _seconds(headers.get("Retry-After"))
         if wait is not None and wait > LONGEST_WAIT:
             raise Refused(f"status {status}, asks to wait {wait:,.0f} s", again=True)

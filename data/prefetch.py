@@ -44,7 +44,8 @@ class Prefetcher:
         self._wanted: deque[int] = deque()
         self._busy: set[int] = set()
         self._changed = threading.Condition()
-        self.shards.stop.clear()
+        self._stop = threading.Event()
+        shards.join(self)
         for work in (self._plan, *[self._bring] * THREADS):
             threading.Thread(target=work, name="prefetch", daemon=True).start()
 
@@ -62,20 +63,21 @@ class Prefetcher:
             )
         with self._changed:
             self._step = step
-            self.shards.kept.update(needed)
+            self.shards.kept[self].update(needed)
             self._want(needed)
 
     def close(self) -> None:
-        """Stop the threads, and whoever waits for a download."""
-        self.shards.stop.set()
+        """Stop the threads, and whoever waits for a download unless others look ahead for the same stream."""
         with self._changed:
+            self._stop.set()
+            self.shards.leave(self)
             self._changed.notify_all()
 
     def _plan(self) -> None:
         """Work of the thread that looks ahead."""
-        while not self.shards.stop.is_set():
+        while not self._stop.is_set():
             with self._changed:
-                self._changed.wait_for(lambda: self.shards.stop.is_set() or self._step != self._planned)
+                self._changed.wait_for(lambda: self._stop.is_set() or self._step != self._planned)
                 self._planned = self._step
             if self._planned is not None:
                 self._look_ahead(self._planned)
@@ -97,20 +99,20 @@ class Prefetcher:
             with self._changed:
                 if self._passed(first):
                     return
-                self.shards.kept.update(new)
+                self.shards.kept[self].update(new)
                 self._want(new)
             if len(window) == len(self.shards.files):
                 break
         with self._changed:
             if not self._passed(first):
-                self.shards.keep(window)
+                self.shards.keep(self, window)
         for step in list(self._needs):
             if not first <= step < first + STEPS:
                 self._needs.pop(step, None)
 
     def _passed(self, step: int) -> bool:
         """Whether training is elsewhere by now."""
-        return self._step != step or self.shards.stop.is_set()
+        return self._step != step or self._stop.is_set()
 
     def _settled(self, step: int) -> bool:
         """Whether the shards of a step are here, or cannot be had."""
@@ -129,21 +131,21 @@ class Prefetcher:
         """Work of a thread that downloads."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self.shards.stop.is_set() or self._wanted)
-                if self.shards.stop.is_set():
+                self._changed.wait_for(lambda: self._stop.is_set() or self._wanted)
+                if self._stop.is_set():
                     return
                 shard = self._wanted.popleft()
-                if shard not in self.shards.kept:
+                if shard not in self.shards.kept[self]:
                     continue
                 self._busy.add(shard)
             brought = False
             with suppress(ValueError, OSError, Stopped):
-                brought = self.shards.bring(shard)
+                brought = self.shards.bring(shard, self._stop)
             with self._changed:
                 self._busy.remove(shard)
                 self._changed.notify_all()
-                if brought and shard in self.shards.kept:  # it may have been let go in between
-                    self._want([shard])
+                if brought and not self._stop.is_set() and shard in self.shards.kept[self]:
+                    self._want([shard])  # it may have been let go in between
 
     def _most(self) -> int:
         return self.shards.cache.most // 2

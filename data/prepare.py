@@ -29,7 +29,7 @@ from data.encode import forget_progress, write_splits
 from data.exclusive import exclusive
 from data.remote import fetch
 from data.shards import MANIFEST, SPLITS, read_manifest, token_dtype
-from data.sources import Builds, Document, Source
+from data.sources import Builds, Document, Parts, Source
 from data.split import FromSource, SplitRule
 from data.tokenizer import (
     END_OF_TEXT,
@@ -212,6 +212,14 @@ class Meter:
         self._progress.update(self._task, completed=self._bytes, documents=self._documents, rate=rate)
 
 
+def _pages(data: DictConfig) -> list[Path]:
+    """The data cards of the corpora that the text came from."""
+    source = instantiate(data.source, "data.source") if "source" in data else None
+    sources = source.parts.values() if isinstance(source, Parts) else [source]
+    pages = [corpus.page() for corpus in sources if isinstance(corpus, Builds)]
+    return [page for page in pages if page.is_file()]  # a corpus may be deleted once it is prepared
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="prepare")
 @one_line_errors
 def main(config: DictConfig) -> None:
@@ -221,6 +229,9 @@ def main(config: DictConfig) -> None:
         counts = [f"{split[count]:,} {count}" for count in ("tokens", "documents", "bytes")]
         print(f"{name}: {', '.join(counts)}")
     print(f"vocabulary: {manifest['vocabulary_size']:,} tokens")
+    for page in _pages(config.data):
+        print(f"corpus: {page.parent}")
+        print(f"data card: {page}")
     print(folder)
 
 

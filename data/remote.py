@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from data.cache import Cache, CachedFile
 from data.download import download
 from data.exclusive import exclusive
+from data.files import write
 from data.shards import HEADER, MANIFEST, REMOTE, Shards, map_array, read_manifest
 
 KEYS = ("name", "address", "directory", "cache", "cache_bytes")
@@ -36,15 +37,17 @@ def fetch(data: DictConfig) -> Path:
     for key in data:
         if key not in KEYS:
             raise ValueError(f"data.{key!s}: unknown key; remote data knows {', '.join(KEYS)}")
+    if not isinstance(data.address, str) or not data.address:
+        raise ValueError(f"data.address: {data.address!r} is not an address; name that of a prepared folder")
     if not isinstance(data.cache_bytes, int | float) or not data.cache_bytes >= 1:
-        raise ValueError(f"data.cache_bytes: {data.cache_bytes!r} is not a number of bytes")
-    address = str(data.address).rstrip("/")
+        raise ValueError(f"data.cache_bytes: {data.cache_bytes!r} is not a number of bytes; set one")
+    address = data.address.rstrip("/")
     note = {"address": address, "cache": str(data.cache), "cache_bytes": int(data.cache_bytes)}
     target = Path(data.directory) / address.rpartition("/")[2]
     with exclusive(target, lambda folder: (folder / MANIFEST).is_file()) as folder:
         if folder is not None:
             _fill(folder, address)
-            _write(folder / REMOTE, note)
+            write(folder / REMOTE, json.dumps(note) + "\n")
     _renew(target, note)
     return target
 
@@ -69,9 +72,11 @@ def _download_manifest(address: str, folder: Path) -> dict[str, Any]:
     except ValueError:
         manifest = {}
     if "splits" not in manifest:
-        raise ValueError(f"{address}/{MANIFEST}: not a manifest; data.address must name a prepared folder")
+        raise ValueError(f"data.address: {address}/{MANIFEST}: not a manifest; name a prepared folder")
     if "tokenizer" not in manifest or any("parts" not in split for split in manifest["splits"].values()):
-        raise ValueError(f"{address}/{MANIFEST}: was prepared by an earlier version; prepare it again")
+        raise ValueError(
+            f"data.address: {address}/{MANIFEST}: was prepared by an earlier version; prepare it again"
+        )
     return manifest
 
 
@@ -89,19 +94,14 @@ def _renew(target: Path, note: dict[str, Any]) -> None:
                 f"data.address: {target} stands in for {known['address']}, which holds other tokens; "
                 "delete it, or choose another data.directory"
             )
-    _write(path, note)
-
-
-def _write(path: Path, note: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(note) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write(path, json.dumps(note) + "\n")
 
 
 class RemoteShards(Shards):
     """The shards of a stream, through the cache where they are not in its folder.
 
-    Those that are mapped stay in the cache: the ones in `kept`, and the last UNPLANNED others.
+    Those that are mapped stay in the cache: the ones that someone who looks ahead keeps (see data.prefetch),
+    and the last UNPLANNED others. kept: the shards of each who looks ahead.
     """
 
     def __init__(self, folder: Path, entries: Sequence[Mapping[str, Any]], dtype: np.dtype) -> None:
@@ -116,8 +116,8 @@ class RemoteShards(Shards):
             )
             for entry in entries
         ]
-        self.stop = threading.Event()  # set, it ends all downloads
-        self.kept: set[int] = set()
+        self.kept: dict[object, set[int]] = {}
+        self._stop = threading.Event()  # set, it ends the downloads of readers
         self._uses: dict[int, int] = {}  # of those that are mapped from the cache: see Cache.hold
         weakref.finalize(self, _close, self._uses)
 
@@ -125,32 +125,45 @@ class RemoteShards(Shards):
         """Whether a shard is mapped."""
         return index in self._maps
 
-    def bring(self, index: int) -> bool:
-        """Have a shard mapped; False where the cache has no room for it now."""
-        return index in self or self._take(index, wait=False) is not None
-
-    def keep(self, shards: Iterable[int]) -> None:
-        """Let go of all shards but these, and keep these once they are mapped."""
+    def join(self, planner: object) -> None:
+        """Someone more looks ahead, and keeps nothing so far."""
         with self._lock:
-            self.kept = set(shards)
+            self.kept[planner] = set()
+            self._stop.clear()
+
+    def leave(self, planner: object) -> None:
+        """Someone looks ahead no longer. With the last, the downloads of readers end."""
+        with self._lock:
+            self.kept.pop(planner, None)
+            if not self.kept:
+                self._stop.set()
+
+    def bring(self, index: int, stop: threading.Event) -> bool:
+        """Have a shard mapped; False where the cache has no room for it now. Raises as Cache.hold."""
+        return index in self or self._take(index, stop, wait=False) is not None
+
+    def keep(self, planner: object, shards: Iterable[int]) -> None:
+        """Keep these shards for a planner once they are mapped, and let go of all that nobody keeps."""
+        with self._lock:
+            self.kept[planner] = set(shards)
             self._let_go(others=0)
 
     def _map(self, index: int) -> np.ndarray:
-        array = self._take(index, wait=True)
+        array = self._take(index, self._stop, wait=True)
         assert array is not None
         return array
 
-    def _take(self, index: int, wait: bool) -> np.ndarray | None:
+    def _take(self, index: int, stop: threading.Event, wait: bool) -> np.ndarray | None:
         entry, file = self.entries[index], self.files[index]
         path, use = self.folder / entry["file"], None
         if not path.exists():
-            path, use = self.cache.path(file), self.cache.hold(file, self.stop, wait=False)
+            path, use = self.cache.path(file), self.cache.hold(file, stop, wait=False)
             if use is None and not wait:
                 return None
             if use is None:
                 with self._lock:
                     self._let_go(others=0)
-                use = self.cache.hold(file, self.stop)
+                use = self.cache.hold(file, stop)
         try:
             array = map_array(path, entry["tokens"])
         except BaseException:
@@ -169,7 +182,8 @@ class RemoteShards(Shards):
         return array
 
     def _let_go(self, others: int) -> None:
-        unkept = [index for index in self._maps if index not in self.kept]
+        kept = set().union(*self.kept.values())
+        unkept = [index for index in self._maps if index not in kept]
         for index in unkept[: len(unkept) - others]:
             del self._maps[index]
             if index in self._uses:

@@ -17,14 +17,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from data.cli import one_line
+from data.cli import standing_at
+from data.hub import failure, quiet_datasets
 
 PIECE = 2**16  # characters; small beside what the cores encode at once, so that none of them waits for long
 READ = 2**20  # bytes
 # Where a text may be cut without changing its tokens: pre-tokenizers look at whole runs of white space, so
 # only at the end of a line that ends in one newline and is followed by something visible.
 CUT = re.compile(r"(?<=\S\n)(?=\S)")
-NETWORK = ("requests", "httpx", "httpcore", "aiohttp", "urllib3")  # whose errors are those of a connection
 NAME = re.compile(r"[\w-]+")
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -62,6 +62,10 @@ class Builds(Protocol):
     """A source that makes its text before it can be read, and keeps it."""
 
     def build(self, progress: bool = True) -> Path: ...
+
+    def page(self) -> Path:
+        """Where its data card lies once it is made, in the folder of the text."""
+        ...
 
 
 class PythonLibrary:
@@ -154,7 +158,7 @@ class Rows(Files):
 
     def read(self, path: Path, name: str) -> Iterator[Document]:
         arguments = {"path": self.format, "data_files": [str(path)], "split": "train"}
-        rows = _rows(str(path), self.column, self.about, **arguments)
+        rows = _rows(f"{path}, read as {self.format}", self.column, self.about, **arguments)
         for number, (text, about) in enumerate(rows):
             yield from pieces(f"{name}:{number}", [text], about)
 
@@ -214,17 +218,22 @@ class Parts:
     def documents(self) -> Iterator[Document]:
         for part, source in self.parts.items():
             empty = True
-            for document in source.documents():
-                about = {"source": part, **document.about}
-                yield document._replace(id=f"{part}/{document.id}", about=about, part=part)
-                empty = False
+            with standing_at(f"data.source.parts.{part}"):
+                for document in source.documents():
+                    about = {"source": part, **document.about}
+                    yield document._replace(id=f"{part}/{document.id}", about=about, part=part)
+                    empty = False
             if empty:
                 raise ValueError(
                     f"data.source.parts.{part}: holds no text; leave it out or name another source"
                 )
 
     def inputs(self) -> dict[str, Any]:
-        return {"parts": [[part, source.inputs()] for part, source in self.parts.items()]}  # in their order
+        inputs = []  # in their order
+        for part, source in self.parts.items():
+            with standing_at(f"data.source.parts.{part}"):
+                inputs.append([part, source.inputs()])
+        return {"parts": inputs}
 
     def size(self) -> int | None:
         sizes = [source.size() for source in self.parts.values()]
@@ -260,7 +269,7 @@ def _utf8(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path}: not UTF-8 at byte {offset + error.start} (0x{held[error.start]:02x}); "
-                    "convert the file, for example with iconv -t UTF-8"
+                    "convert the file, for example with iconv -t UTF-8, or leave it out"
                 ) from None
             held = held[used:]
             yield text
@@ -287,12 +296,8 @@ def _rows(
     where: str, column: str, about: Mapping[str, str], **arguments: Any
 ) -> Iterator[tuple[str, Mapping[str, str]]]:
     """The texts of a column and what others say about them, through `datasets` in streaming mode."""
-    import datasets  # costs seconds; only those who read through it pay
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised below, once
     try:
-        rows = datasets.load_dataset(**arguments, streaming=True)
+        rows = quiet_datasets().load_dataset(**arguments, streaming=True)
         columns = rows.column_names or list(next(iter(rows), {}))
         for key, wanted in {"column": column, **{f"about.{name}": about[name] for name in about}}.items():
             if columns and wanted not in columns:
@@ -305,10 +310,8 @@ def _rows(
                 yield text, {name: _said(fact) for name, fact in facts.items() if fact is not None} or NOTHING
     except GeneratorExit:
         raise
-    except Exception as error:  # readers fail in many classes of their own
-        line = f"data.source: {where}: {one_line(error.__cause__ or error)}"
-        away = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(NETWORK)
-        raise (OSError if away else ValueError)(line) from error
+    except Exception as error:
+        raise failure(where, error) from error
 
 
 def _said(value: Any) -> str:
@@ -333,12 +336,20 @@ def _expand(paths: list[str]) -> list[Path]:
         matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
         files = [match for match in matches if match.is_file()]
         if not files:
-            what = "is a folder; name its files, for example with /*.txt" if matches else "matches no file"
-            raise ValueError(f"data.source.paths: {pattern} {what}")
+            raise ValueError(f"data.source.paths: {pattern} {_without_files(matches)}")
         found |= dict.fromkeys(files)
     if not found:
         raise ValueError("data.source.paths: the list is empty; name at least one file")
     return list(found)
+
+
+def _without_files(matches: list[Path]) -> str:
+    """What is wrong with a pattern of which nothing, or nothing but folders, was found."""
+    if not matches:
+        return "matches no file"
+    if not any(names for folder in matches for _, _, names in os.walk(folder)):
+        return "is a folder without files"
+    return "is a folder; name its files, for example with /*.txt"
 
 
 def _root(paths: list[str]) -> str:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
+from data.cli import standing_at
 from data.sources import Document, Parts, Source
 
 Split = Literal["train", "validation"]
@@ -84,15 +85,17 @@ class FromSource:
     def held_out(self) -> Iterator[tuple[Split, Document]]:
         """The validation split alone."""
         left = self.documents
-        for document in self.source.documents():
-            yield "validation", document
-            if left is not None and document.ends:
-                left -= 1
-                if left == 0:
-                    return
+        with standing_at("data.validation.source"):
+            for document in self.source.documents():
+                yield "validation", document
+                if left is not None and document.ends:
+                    left -= 1
+                    if left == 0:
+                        return
 
     def inputs(self) -> dict[str, Any]:
-        return {"validation": self.source.inputs()}
+        with standing_at("data.validation.source"):
+            return {"validation": self.source.inputs()}
 
 
 def _checked(share: float) -> float:

@@ -27,9 +27,9 @@ from rich.table import Table
 from scipy.stats import t as student_t
 
 from data.cli import instantiate, main_guard
+from data.files import write
 from launch.evaluate import evaluate_run
 from launch.request import CONF
-from train.files import write
 
 MASKINGS = {"random": "masked", "whole word": "masked-whole-word", "knowledge": "knowledge"}
 TASK = "knowledge-entities"

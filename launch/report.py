@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from data.cli import one_line, one_line_errors
+from data.files import write
 from launch.report_events import mark, marks, tokens_after
 from launch.report_page import page
-from train.files import write
 from train.records import read_metrics
 from train.rundir import RunDir
 
@@ -39,6 +39,7 @@ NUMBERS = {
     ),
     "eval": ("loss", "perplexity", "bits_per_byte"),
 }
+SHARE = "share/"  # begins the keys of a train record that hold a part's share of the samples so far
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,12 @@ class RunRecord:
     def columns(self, kind: str) -> dict[str, list[float | None]]:
         """The numbers of one kind of record as columns, beside the four x axes."""
         return {key: [record.get(key) for record in self.kind(kind)] for key in (*X_AXES, *NUMBERS[kind])}
+
+    def shares(self) -> dict[str, list[float | None]]:
+        """Of each part of a mixture its share of the samples so far, as a column beside those of "train"."""
+        records = self.kind("train")
+        keys = dict.fromkeys(key for record in records for key in record if key.startswith(SHARE))
+        return {key.removeprefix(SHARE): [record.get(key) for record in records] for key in keys}
 
 
 class NoMeasurement(ValueError):
@@ -127,6 +134,7 @@ def chart_data(runs: list[RunRecord]) -> list[dict[str, Any]]:
             "label": run.label,
             "train": run.columns("train"),
             "eval": run.columns("eval"),
+            "shares": run.shares(),
             "baseline": _last(run, "baseline"),
             "marks": marks(run.kind("event"), X_AXES),
         }

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -33,19 +31,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data.cli import instantiate, main_guard, one_line_errors
+from data.files import write
 from data.prepare import prepare
 from data.shards import TokenStream
 from data.tokenizer import load_tokenizer
 from launch.report_page import count
 from launch.request import CONF
 from launch.tokenizer_page import bits, page
+from launch.tokenizer_runs import trained
 from launch.tokenizer_text import Piece, guesses_languages, held_out, measure, speeds
-from train.config import RunConfig, differences, from_hydra, load, to_container
-from train.files import write
-from train.ranks import end_with, start
-from train.records import read_metrics
-from train.rundir import COMMAND, RunDir, command
-from train.start import begin
+from train.config import RunConfig, from_hydra
+from train.ranks import end_with
 
 # Keys of a run that the study sets by itself, and what to set instead.
 OWN = {
@@ -112,7 +108,7 @@ def study(node: DictConfig, console: Console) -> dict[str, Any]:
             console.rule(f"run {done} of {total}: {candidate.name}, seed {seed}")
             config = _run_config(plan, run_node, data, candidate, folder, seed)
             result["sequence_length"] = config.sequence_length
-            result["runs"].append(_trained(config, folder, plan.steps, console))
+            result["runs"].append(trained(config, folder, plan.steps, console.print))
         stream = TokenStream(folder, "train")
         seen = plan.steps * run_node.global_batch * result["sequence_length"]
         result["bytes_seen"] = seen * stream.bytes / stream.tokens
@@ -221,56 +217,6 @@ def _run_config(
         whole[key] = value
     whole.engine.ranks = None
     return from_hydra(whole)
-
-
-def _trained(config: RunConfig, prepared: Path, steps: int, console: Console) -> dict[str, Any]:
-    """The figures of a run, which is trained, or gone on with, unless it has finished."""
-    rundir = RunDir(config.directory)
-    if rundir.config.exists():
-        keys = differences("", to_container(load(rundir.config)), to_container(config))
-        if keys:
-            raise ValueError(
-                f"{keys[0].lstrip('.')}: differs from what {rundir.path} was trained with; undo the change,"
-                " or choose another name=…"
-            )
-    if _result(rundir, steps) is None or rundir.prepared() != prepared.resolve():
-        _train(config)
-    else:
-        console.print(f"{rundir.path}: trained before")
-    result = _result(rundir, steps)
-    assert result is not None
-    if result["bits_per_byte"] is None:
-        raise ValueError("objective: does not predict the text, so it has no bits per byte; choose causal")
-    return {"seed": config.seed, "directory": config.directory, **result}
-
-
-def _train(config: RunConfig) -> None:
-    """Train in a process of its own, for DeepSpeed starts only once in each. Where it fails, so do we."""
-    rundir = begin(config, 1)
-    environment = {**os.environ, COMMAND: command()}
-    rank = [sys.executable, "-m", "train.run", str(rundir.path.resolve())]
-    try:
-        code = start(rank, 1, environment, [rundir.lock_descriptor()], config.stop.grace)
-    finally:
-        rundir.unlock()
-    if code:
-        sys.exit(code)
-
-
-def _result(rundir: RunDir, steps: int) -> dict[str, Any] | None:
-    """The last evaluation of a run, and the counts of its model; None where it has not finished."""
-    found = [
-        record
-        for record in read_metrics(rundir.metrics)
-        if record["kind"] == "eval" and record["step"] == steps
-    ]
-    if not found or not rundir.model.exists():
-        return None
-    counts = json.loads(rundir.model.read_text())
-    kept = ("bits_per_byte", "bytes_evaluated", "flops")
-    return {key: found[-1][key] for key in kept} | {
-        key: counts[key] for key in ("parameters", "parameters_without_embeddings")
-    }
 
 
 def _text_shares(pieces: list[Piece]) -> dict[str, Any]:

@@ -26,8 +26,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from data.files import sync_folder, write
 from train.config import CheckpointConfig
-from train.files import Entry, entry_of, sync_folder, write, write_hashed
+from train.files import Entry, entry_of, write_hashed
 
 if TYPE_CHECKING:  # what only reads checkpoints need not wait for DeepSpeed
     from train.engine import Engine
@@ -111,25 +112,19 @@ def pointed_to(directory: Path) -> int | str | None:
     return named[0] if named else f"{pointer}: points to {shown}, which is not there"
 
 
-def newest_good(
-    directory: Path,
-    say: Say,
-    before: int | None = None,
-    check: Callable[[Path], str | None] = damage,
-) -> int | None:
-    """The step of the newest checkpoint that is whole (and not after `before`); None where there is none.
+def newest_good(directory: Path, say: Say, check: Callable[[Path], str | None] = damage) -> int | None:
+    """The step of the newest checkpoint that is whole; None where there is none.
 
     say: is told in one line of each that is passed over, and of a pointer to nothing.
 
     Raises:
         ValueError: there are checkpoints, and none of them is whole.
     """
-    there = [step for step in steps(directory) if before is None or step <= before]
-    pointed = pointed_to(directory) if before is None else None
+    pointed = pointed_to(directory)
     if isinstance(pointed, str):
         say(f"{pointed}; looking for the newest")
     problems = []
-    for step in reversed(there):
+    for step in reversed(steps(directory)):
         problem = check(path_of(directory, step))
         if problem is None:
             return step

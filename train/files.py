@@ -58,30 +58,6 @@ def write_hashed(path: Path, fill: Callable[[Any], Any]) -> Entry:
     return hashing.entry()
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file by `text`, whole or not at all, on disk when this returns. Raises OSError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def entry_of(path: Path, passed: Callable[[int], None] = lambda count: None) -> Entry:
     """The entry of a file as it is; passed: is told how many bytes were read at a time. Raises OSError."""
     digest, size = hashlib.sha256(), 0

@@ -17,16 +17,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from data.files import sync_folder, write
 from data.tokenizer import load_tokenizer
 from train.checkpoint import LATEST, damage, discard, newest_good, path_of, steps
 from train.config import RunConfig, at, differences, load, to_container
 from train.config import steps as steps_of
-from train.files import sync_folder, write
 from train.rundir import RunDir
 
 EXISTING = "data.tokenizer.Existing"
 KEPT = "forked-tokenizer-"  # begins the names of tokenizers that forks took from their parents
 SAME = ("optim._target_", "engine.precision", "sequence_length", "global_batch")  # and the model
+TEXT = ("data", "objective", "packing", "mixture", "curriculum")  # what losses depend on besides the weights
 OWN = ("name", "directory", "fork", "model")  # of which `changed` in fork.json says nothing
 
 
@@ -146,6 +147,16 @@ def take_checkpoint(config: RunConfig, rundir: RunDir, step: int) -> None:
     changed = [key for top in old if top not in OWN for key in differences(top, old[top], new[top])]
     lineage = {"parent": config.fork.run, "parent_step": step, "changed": changed}
     write(rundir.path / "fork.json", json.dumps(lineage, indent=1) + "\n")
+
+
+def begins_on_other_text(rundir: RunDir, step: int) -> bool:
+    """Whether a fork begins at `step` on data whose losses are not to be compared with its parent's."""
+    lineage = rundir.lineage()
+    return (
+        lineage is not None
+        and lineage["parent_step"] == step
+        and any(key.split(".")[0] in TEXT for key in lineage["changed"])
+    )
 
 
 def _parent(config: RunConfig, rundir: RunDir) -> tuple[RunDir, RunConfig]:

@@ -17,9 +17,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data.files import write
 from data.shards import MANIFEST, read_manifest
 from train.config import RunConfig, at, changed, load, to_container
-from train.files import write
 from train.lock import Lock
 
 COMMAND = "ISOFLOP_COMMAND"  # set by a launcher for its ranks: its own

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data.files import write
 from train.config import RunConfig, to_container
-from train.files import write
 
 BLOCK = 2**15  # bytes; W&B's files are LevelDB logs: blocks of chunks, each with a header
 HEADER = struct.Struct("<IHB")  # checksum, length, kind

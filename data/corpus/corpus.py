@@ -19,13 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data.cli import instantiate
+from data.cli import instantiate, standing_at
 from data.corpus import card, summary
 from data.corpus.executors import WORKERS, Executor
 from data.corpus.files import Input, read_rows
 from data.corpus.plan import DOCUMENTS, READ, Pass, passes, tallies
 from data.corpus.progress import Meter
-from data.corpus.stage import Step, Tally
+from data.corpus.stage import Step, Tally, is_ours, naming
 from data.sources import Document, pieces
 
 VERSION = 1  # of this package: raise it when the same text and settings would give other documents
@@ -77,6 +77,9 @@ class Corpus:
     def folder(self) -> Path:
         return self.directory / f"{self.name}-{self.fingerprint[:12]}"
 
+    def page(self) -> Path:
+        return self.folder / card.PAGE
+
     def inputs(self) -> dict[str, Any]:
         return {"corpus": self.fingerprint}
 
@@ -112,13 +115,17 @@ class Corpus:
 
     @cached_property
     def _stamps(self) -> dict[str, Any]:
-        stages = {key: stage.inputs() for key, stage in self._stages.items() if hasattr(stage, "inputs")}
-        own = {key: _code(stage) for key, stage in self._stages.items() if not _is_ours(stage)}
-        return {
-            "inputs": {key: given.source.inputs() for key, given in self._inputs.items()},
-            "stages": stages,
-            "code": own,
-        }
+        inputs, stages = {}, {}
+        for key, given in self._inputs.items():
+            with standing_at(f"data.source.inputs.{key}.source"):
+                inputs[key] = given.source.inputs()
+        for key, stage in self._stages.items():
+            if hasattr(stage, "inputs"):
+                with naming(key, stage):
+                    stages[key] = stage.inputs()
+        # What is ours changes with VERSION.
+        own = {key: _code(stage) for key, stage in self._stages.items() if not is_ours(stage)}
+        return {"inputs": inputs, "stages": stages, "code": own}
 
     def _make(self, folder: Path, work: Path, progress: bool) -> None:
         work.mkdir(exist_ok=True)
@@ -199,8 +206,8 @@ def _input(node: Any, key: str) -> Input:
 
 
 def _object(node: Any, key: str) -> Any:
-    if not isinstance(node, Mapping):
-        raise ValueError(f"{key}: is not a node with a _target_; data.source needs _recursive_: false")
+    if not isinstance(node, dict | list | str | int | float | None):
+        raise ValueError("data.source._recursive_: must be false for a corpus, which makes its parts itself")
     return instantiate(node, key)
 
 
@@ -233,10 +240,6 @@ class _quiet:
         from loguru import logger
 
         logger.remove(self._file)
-
-
-def _is_ours(stage: Any) -> bool:
-    return type(stage).__module__.startswith("data.corpus.")  # VERSION is for these
 
 
 def _code(stage: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from datatrove.data import Document
 
+from data.cli import standing_at
 from data.corpus.grams import grams, hashes
 from data.sources import Source
 
@@ -30,6 +31,9 @@ class Decontaminate:
         self.n = n
         self._pickled = pickle.dumps(against)
 
+    def begin(self, task: int) -> None:
+        _tables(self._pickled, self.n)
+
     def __call__(self, document: Document) -> str | None:
         numbers = hashes(document.text)
         found = len(self.against)
@@ -41,7 +45,11 @@ class Decontaminate:
         return list(self.against)[found] if found < len(self.against) else None
 
     def inputs(self) -> dict[str, Any]:
-        return {name: source.inputs() for name, source in self.against.items()}
+        found = {}
+        for name, source in self.against.items():
+            with standing_at(f"data.source.against.{name}"):
+                found[name] = source.inputs()
+        return found
 
 
 @lru_cache(1)  # of a process: its tasks share it
@@ -51,9 +59,10 @@ def _tables(pickled: bytes, n: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     runs: dict[int, list[tuple[np.ndarray, int]]] = {}
     for number, (name, source) in enumerate(against.items()):
         empty = True
-        for size, found in _runs(source, n):
-            runs.setdefault(size, []).append((found, number))
-            empty = False
+        with standing_at(f"data.source.against.{name}"):
+            for size, found in _runs(source, n):
+                runs.setdefault(size, []).append((found, number))
+                empty = False
         if empty:
             raise ValueError(f"against.{name}: holds no words; name another evaluation set")
     tables = {}

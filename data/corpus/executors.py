@@ -21,8 +21,10 @@ from typing import Any, Protocol
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from tqdm import tqdm
 
 from data.cli import one_line
+from data.corpus.stage import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = "workers"  # a lock that the processes of a corpus hold while they live
@@ -113,11 +115,13 @@ class _Reporting(PipelineExecutor):
         try:
             return super()._run_for_rank(rank, local_rank, node_rank)
         except Exception as error:
+            message = one_line(error)
+            if isinstance(error, StageError):
+                message += f"; its trace is in {self.logging_dir.path}/logs/task_{rank:05d}.log"
             report = {
-                "mistake": isinstance(
-                    error, ValueError | OSError
-                ),  # of a person or a machine, not of the code
-                "message": one_line(error),
+                # of a person or a machine, not of the code
+                "mistake": isinstance(error, ValueError | OSError),
+                "message": message,
                 "trace": traceback.format_exc(),
             }
             folder = Path(self.logging_dir.path, "errors")
@@ -169,6 +173,8 @@ def _work(state: bytes, ranks: list[int], taken: Any, folder: str) -> None:
     """Run tasks, one after the other, until none is left; each from the same state of the stages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # A lock of its own, for the one that tqdm shares between processes is told as leaked where one is ended.
+    tqdm.set_lock(threading.RLock())
     lock, log = Path(folder).parent / WORKERS, Path(folder) / f"worker-{os.getpid()}.txt"
     with lock.open("w") as locked, log.open("w") as output:
         fcntl.flock(locked, fcntl.LOCK_SH)

@@ -15,7 +15,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from data import sources
-from data.cli import one_line
+from data.cli import one_line, standing_at
 from data.corpus.counts import Counts, tokens
 from data.corpus.stage import COUNTED, Tally, counted
 from data.sources import Source
@@ -75,12 +75,13 @@ class Read(PipelineStep):
         tally = Tally()
         progress = Progress(self.progress / f"{rank:05d}")
         for name, given in self.inputs.items():
-            for pieces in _share(given.source, rank, world_size):
-                with self.track_time():
-                    document = _joined(name, given, pieces, tally)
-                if document is not None:
-                    progress.passed(document.metadata[COUNTED][0])
-                    yield document
+            with standing_at(f"data.source.inputs.{name}.source"):
+                for pieces in _share(given.source, rank, world_size):
+                    with self.track_time():
+                        document = _joined(name, given, pieces, tally)
+                    if document is not None:
+                        progress.passed(document.metadata[COUNTED][0])
+                        yield document
         progress.say()
         tally.save(self.tallies / f"{rank:05d}.json")
 

@@ -14,8 +14,10 @@ called before the first document of a task. A stage for the whole corpus has ins
 import hashlib
 import heapq
 import json
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from data.cli import one_line, under
 from data.corpus.counts import COUNTS, Counts, none, tokens, total
 
 COUNTED = "counted"  # key of the metadata: bytes and tokens of the text as it is now
@@ -30,6 +33,32 @@ EXAMPLES = 5  # of each reason
 EXAMPLE_CHARACTERS = 600
 MOST_REASONS = 100
 Stage = Callable[[Document], str | None]
+
+
+class StageError(ValueError):
+    """What a stage of one's own raised, in one line; its cause is the exception itself."""
+
+
+@contextmanager
+def naming(name: str, stage: Any, document: Document | None = None) -> Iterator[None]:
+    """For a call of a stage: what it raises names the stage by its key, and the document.
+
+    Of a stage of one's own that is a StageError, whatever it was. Of ours it is a ValueError where the stage
+    refuses what it was given, and for bugs a RuntimeError.
+    """
+    try:
+        yield
+    except Exception as error:
+        key = f"data.source.stages.{name}"
+        if is_ours(stage) and document is None and isinstance(error, ValueError | OSError):
+            raise ValueError(under(key, one_line(error), type(stage))) from error
+        what = " ".join("".join(traceback.format_exception_only(error)).split())
+        at = f", at document {document.id} of source {document.metadata['source']}" if document else ""
+        raise (RuntimeError if is_ours(stage) else StageError)(f"{key}: {what}{at}") from error
+
+
+def is_ours(stage: Any) -> bool:
+    return type(stage).__module__.startswith("data.corpus.")
 
 
 @dataclass
@@ -155,7 +184,8 @@ class Step(PipelineStep):
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         tally = Tally()
         if hasattr(self.stage, "begin"):
-            self.stage.begin(rank)
+            with naming(self.name, self.stage):
+                self.stage.begin(rank)
         for document in data:
             if self._keeps(document, tally):
                 yield document
@@ -166,7 +196,7 @@ class Step(PipelineStep):
         text, source = document.text, document.metadata["source"]
         before = counted(document)
         tally.enter(source, before)
-        with self.track_time():
+        with naming(self.name, self.stage, document), self.track_time():
             reason = self.stage(document)
         if reason is None and (not document.text or document.text.isspace()):
             reason = "no text left"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from data.cli import instantiate, main_guard
+from data.cli import instantiate, main_guard, standing_at
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,8 +67,43 @@ def test_mistakes_are_named_by_their_key_in_one_line(arguments: dict[str, Any], 
 
 
 def test_a_node_without_target_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^thing: has no _target_"):
+    with pytest.raises(ValueError, match=r"^thing: has no _target_ that names a class; set thing\._target_="):
         instantiate({"size": 1}, "thing")
+    with pytest.raises(ValueError, match=r"^thing: 'a' is no node with a _target_; write 'thing=\{_target_:"):
+        instantiate("a", "thing")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("paths:x", "data.source.parts.a: 'paths:x' is no node with a _target_; write "),
+        ({"paths": "x"}, "data.source.parts.a: has no _target_ that names a class; set "),
+        ({"_target_": TARGET, "size": -1}, "data.source.parts.a: thing.size: -1 is negative"),
+        ({"_target_": TARGET, "size": "1"}, "data.source.parts.a.size: '1' is not int"),
+        ({"_target_": "data.sources.Parts", "parts": {}}, "data.source.parts.a.parts: is empty"),
+        (
+            {"_target_": "data.corpus.executors.Local", "workers": 0},
+            "data.source.parts.a.workers: 0 is less than 1; null takes all cores",
+        ),
+    ],
+)
+def test_what_is_nested_is_named_by_its_whole_key(part: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        instantiate({"_target_": "data.sources.Parts", "parts": {"a": part}}, "data.source")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_source_names_the_key_where_it_stands() -> None:
+    key = "data.source.parts.a"
+    with pytest.raises(ValueError) as caught, standing_at(key), standing_at("data.source.b"):
+        raise ValueError("data.source.paths: /data.source/x matches no file; set data.source.paths")
+    assert str(caught.value) == f"{key}.b.paths: /data.source/x matches no file; set {key}.b.paths"
+    with pytest.raises(OSError, match=rf"^{key}: no connection"), standing_at(key):
+        raise OSError("data.source: no connection")
+    for other in (ValueError("/x.txt: not UTF-8"), KeyError("data.source")):
+        with pytest.raises(type(other)) as kept, standing_at(key):
+            raise other
+        assert kept.value is other
 
 
 def test_a_mistake_of_the_user_is_one_line_and_a_bug_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +134,18 @@ def test_a_mistake_of_the_user_is_one_line_and_a_bug_a_traceback(capsys: pytest.
         ("data=text", "error: data.source.paths: must be set"),
         ("data=text data.source.paths=/none.txt", "error: data.source.paths: /none.txt matches no file"),
         ("data=text data.source.paths={bad}", "error: {bad}: not UTF-8 at byte 2 (0xff)"),
+        (
+            "data=mixture +data.source.parts.a=_target_:data.sources.TextFiles +data.source.parts.a=paths:x",
+            "error: data.source.parts.a: is set already; leave out the +, and put a value with",
+        ),
+        (
+            "data=text data.source={{_target_: x",
+            "error: Error parsing override 'data.source={{_target_:': write key=value, braces",
+        ),
+        (
+            "data=cleaned data.source.stages.own._target_=x",
+            "error: data.source.stages.own._target_: no such key; leave it out, or write +data.",
+        ),
         ("data=text data.source.paths={empty}", "error: data.source: the corpus is empty"),
     ],
 )

@@ -94,9 +94,9 @@ class Fetched:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __call__(self, addresses: list[str], **changes: Any) -> dict[str, str]:
+    def __call__(self, pages: list[str], **changes: Any) -> dict[str, str]:
         """Fetch, and return the failures: address -> reason."""
-        (self.folder / "list.txt").write_text("\n".join(addresses))
+        (self.folder / "list.txt").write_text("\n".join(pages))
         settings = {
             "delay": 0.01,
             "hosts": 4,
@@ -106,8 +106,12 @@ class Fetched:
             "contact": CONTACT,
         }
         places = {"addresses": str(self.folder / "list.txt"), "directory": str(self.folder / "out")}
-        fetch(OmegaConf.create(settings | places | changes))
+        self.meter = fetch(OmegaConf.create(settings | places | changes))
         return {line["address"]: line["reason"] for line in self.failed()}
+
+    def told(self) -> list[str]:
+        """What the last fetch says at its end."""
+        return list(self.meter.summary(Path("failed.jsonl")))
 
     def failed(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "out/failed.jsonl").read_text().splitlines()]
@@ -194,8 +198,11 @@ def test_a_busy_server_is_asked_again_later(site: Site, fetched: Fetched) -> Non
     site.page("/a", "<html>at last</html>")
     late = site.page("/b", status=429, Retry_After="1")
     site.page("/b", "<html>later</html>")
-    assert fetched([address, late]) == {}
-    assert sorted(page.text for page in fetched.pages()) == ["<html>at last</html>", "<html>later</html>"]
+    slow = site.page("/c", status=408)
+    site.page("/c", "<html>once more</html>")
+    assert fetched([address, late, slow]) == {}
+    texts = ["<html>at last</html>", "<html>later</html>", "<html>once more</html>"]
+    assert sorted(page.text for page in fetched.pages()) == texts
     first, second = (moment for moment, path, _ in site.requests if path == "/b")
     assert second - first >= 1
 
@@ -235,6 +242,12 @@ def test_what_fails_is_named_and_the_rest_goes_on(site: Site, fetched: Fetched) 
     assert {line["address"] for line in fetched.failed() if line["again"]} == {away, long}
     assert [page.about["url"] for page in fetched.pages()] == [good]
     assert site.paths().count("/away") == 3 and site.paths().count("/gone") == 1
+    told = fetched.told()
+    assert told[:2] == [
+        "fetched: 1 pages, 17 bytes; 0 were there already",
+        f"failed: 2 larger than 10,000 bytes: {big}, {bomb_url}",
+    ]
+    assert f"failed: 1 status 404: {gone}" in told and len(told) == 9
 
 
 def test_a_host_that_is_not_there_fails_as_a_whole(
@@ -289,9 +302,21 @@ def test_what_is_done_is_not_fetched_again(site: Site, fetched: Fetched) -> None
     assert fetched([*addresses, busy, site.url + "/gone", new]) == {site.url + "/gone": "status 404"}
     assert sorted(site.paths()[before:]) == ["/busy", "/new", "/robots.txt"]
     assert len(fetched.pages()) == 5
+    assert fetched.told() == [
+        "fetched: 2 pages, 34 bytes; 3 were there already",
+        "failed before, for good: 1, listed in failed.jsonl; delete it to try again",
+    ]
     before = len(site.requests)
     fetched(addresses)
     assert len(site.requests) == before
+    assert fetched.told() == ["fetched: 0 pages, 0 bytes; 3 were there already"]
+
+
+def test_of_many_failures_some_are_named(site: Site, fetched: Fetched) -> None:
+    gone = [f"{site.url}/gone{n}" for n in range(5)]
+    fetched([*gone, site.page("/good")])
+    named = ", ".join(gone[:3])
+    assert fetched.told()[1:] == [f"failed: 5 status 404: {named} and 2 more, listed in failed.jsonl"]
 
 
 def test_a_killed_fetch_goes_on_and_tears_nothing(site: Site, fetched: Fetched, tmp_path: Path) -> None:
@@ -353,14 +378,54 @@ def test_mistakes_are_one_line(fetched: Fetched, tmp_path: Path) -> None:
             fetched(["http://a.example/", line])
     with pytest.raises(ValueError, match=r"list\.txt: holds no address"):
         fetched(["# nothing", ""])
+    for key, example in (
+        ("contact", "you@example.org"),
+        ("addresses", "list.txt"),
+        ("directory", "fetched"),
+    ):
+        for nothing in ("???", None):
+            with pytest.raises(ValueError, match=rf"^{key}: must be set, for example {key}={example}$"):
+                fetched(["http://a.example/"], **{key: nothing})
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for path, wrong in (
+        (tmp_path / "none", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "bytes", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+    ):
+        line = f"^addresses: {path}: {wrong}; name a text file with one address a line$"
+        with pytest.raises(ValueError, match=line):
+            fetched([], addresses=str(path))
+    with pytest.raises(ValueError, match=f"^directory: {tmp_path}/bytes: File exists; make room"):
+        fetched(["http://a.example/"], directory=f"{tmp_path}/bytes")
     for contact in ("", "me", "me @x.org"):
         with pytest.raises(ValueError, match=r"^contact: .* reaches no one"):
             fetched(["http://a.example/"], contact=contact)
-    with pytest.raises(ValueError, match=r"^delay: 0 is not more than 0"):
-        fetched(["http://a.example/"], delay=0)
-    command = [sys.executable, "-m", "data.fetch", "addresses=none.txt", "directory=x", "contact=a@b.c"]
+    for key, value in (("delay", 0), ("delay", "x"), ("timeout", None), ("timeout", float("nan"))):
+        with pytest.raises(ValueError, match=rf"^{key}: {value!r} is not a number of seconds above 0"):
+            fetched(["http://a.example/"], **{key: value})
+    for key, value in (("hosts", 0), ("hosts", 1.5), ("retries", -1), ("largest", "x")):
+        with pytest.raises(ValueError, match=rf"^{key}: {value!r} is not a whole number of at least [01]"):
+            fetched(["http://a.example/"], **{key: value})
+    command = [sys.executable, "-m", "data.fetch", "addresses=none.txt", "directory=x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 1
+    assert done.stderr == "error: contact: must be set, for example contact=you@example.org\n"
+
+
+def test_a_full_disk_is_one_line_and_a_fetch_goes_on(
+    site: Site, fetched: Fetched, disk: Path, tmp_path: Path
+) -> None:
+    addresses = [site.page(f"/{n}", os.urandom(60_000).hex()) for n in range(6)]
+    changes: dict[str, Any] = {"directory": f"{disk}/out", "largest": 10**6}
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(2**22 - 2**18))
+    with pytest.raises(ValueError, match=rf"^directory: {disk}/out: No space left on device; make room"):
+        fetched(addresses, **changes)
+    ballast.unlink()
+    (tmp_path / "out").symlink_to(disk / "out")
+    assert fetched(addresses, **changes) == {}
+    assert sorted(page.about["url"] for page in fetched.pages()) == addresses
+    assert 0 < fetched.meter.there < 6 and fetched.meter.pages == 6 - fetched.meter.there
 
 
 def test_addresses_are_read_once_each(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@ import gzip
 import hashlib
 import json
 import lzma
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import zstandard
 from omegaconf import DictConfig, OmegaConf
 
 from data import encode, shards, sources, tokenizer
-from data.prepare import prepare
+from data.prepare import CONF, prepare
 from data.shards import TokenStream, read_manifest
 from data.sources import Document
 from data.tokenizer import load_tokenizer
@@ -276,3 +279,30 @@ def test_the_parts_of_a_mixture_lie_one_after_the_other(tmp_path: Path) -> None:
             assert last > first and all(text.startswith(name) for text in texts[first:last])
             assert [int(stream.offsets[i]) for i in (first, last)] == bounds[name]["tokens"]
         assert bounds["notes"]["documents"] == [bounds["code"]["documents"][1], stream.documents]
+
+
+def test_the_command_says_where_the_corpus_and_its_card_are(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"text {number} of a corpus\n")
+    source = "data.source.inputs.mine.source.paths"
+    command = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "data=cleaned",
+        "tokenizer=bytes",
+        f"{source}={tmp_path}/*.txt",
+    ]
+    command += ["data.source.executor.workers=1", "data.source.tasks=1", "data.validation.share=0.3"]
+    command += [f"data.directory={tmp_path}/prepared", f"data.source.directory={tmp_path}/corpora"]
+    for _ in range(2):  # made, and found made
+        done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=True)
+        *counts, corpus, card, folder = done.stdout.splitlines()
+        (made,) = (tmp_path / "corpora").iterdir()
+        assert (corpus, card) == (f"corpus: {made}", f"data card: {made}/card.html")
+        assert [Path(folder)] == list((tmp_path / "prepared").iterdir())
+        assert [line.partition(":")[0] for line in counts] == ["train", "validation", "vocabulary"]
+        assert (made / "card.html").is_file()
+    shutil.rmtree(made)
+    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [*counts, folder]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,7 @@ FAULTS = {
     "cut off": [Fault(cut=1000), Fault(cut=1)],
     "wrong bytes": [Fault(flip=3000)],
     "cut off and wrong before": [Fault(cut=2000, flip=1000)],
-    "not found": [Fault(status=404)],
+    "not now": [Fault(status=408), Fault(status=425), Fault(status=429)],
     "server errors": [Fault(status=500), Fault(status=503)],
     "hanging": [Fault(hang=True)],
     "too slow": [Fault(rate=10)],
@@ -189,8 +190,20 @@ def test_another_address_must_hold_the_same_tokens(tmp_path: Path, source: Path,
         ({"column": "text"}, r"^data.column: unknown key; remote data knows name, address"),
         ({"cache_bytes": "much"}, r"^data.cache_bytes: 'much' is not a number of bytes"),
         ({"cache_bytes": 0}, r"^data.cache_bytes: 0 is not"),
-        ({"address": "nowhere://host/corpus"}, r"^nowhere://host/corpus/manifest.json: .*[Pp]rotocol"),
-        ({"address": "/no/such/folder"}, r"^/no/such/folder/manifest.json: .*\(5 tries in a row\)$"),
+        ({"address": None}, r"^data.address: None is not an address; name that of a prepared folder$"),
+        (
+            {"address": "nowhere://host/corpus"},
+            r"^data.address: nowhere://host/corpus/manifest.json: .*[Pp]rotocol",
+        ),
+        (
+            {"address": "/no/such/folder"},
+            r"^data.address: /no/such/folder/manifest.json: No such file or directory; name a prepared",
+        ),
+        (
+            {"address": "http://127.0.0.1:1/corpus"},
+            r"^data.address: http://127.0.0.1:1/corpus/manifest.json: Connection refused"
+            r" \(5 tries in a row\); start again when it can be read$",
+        ),
     ],
 )
 def test_mistakes_in_the_node_are_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -201,11 +214,13 @@ def test_mistakes_in_the_node_are_one_line(tmp_path: Path, changes: dict[str, An
 
 def test_an_address_without_a_manifest_is_one_line(tmp_path: Path, source: Path, server: Server) -> None:
     (source / MANIFEST).write_text("<html>")
-    with pytest.raises(ValueError, match=r"/manifest.json: not a manifest; data.address must name"):
+    with pytest.raises(ValueError, match=r"^data.address: .*/manifest.json: not a manifest; name a prepared"):
         fetch(node(tmp_path, server.address))
     (source / MANIFEST).unlink()
-    with pytest.raises(ValueError, match=r"/manifest.json: HTTP Error 404.* \(5 tries in a row\)$"):
+    line = rf"^data.address: {server.address}/{NAME}/manifest.json: HTTP Error 404.*; name a prepared folder"
+    with pytest.raises(ValueError, match=line):
         fetch(node(tmp_path, server.address))
+    assert server.requests[MANIFEST] == 2 and not (tmp_path / "prepared").exists()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +228,7 @@ def test_an_address_without_a_manifest_is_one_line(tmp_path: Path, source: Path,
     [
         (Fault(flip=2000), "its SHA-256 is not that of the manifest"),
         (Fault(cut=200), "cut off after 200 of 4,128 bytes"),
-        (Fault(status=404), "HTTP Error 404"),
+        (Fault(status=503), "HTTP Error 503"),
         (Fault(hang=True), "timed out"),
         (Fault(rate=10), "fewer than 100 bytes in 0 s"),
     ],
@@ -227,11 +242,23 @@ def test_a_shard_that_cannot_be_had_is_one_line_and_the_others_stay(
     stream = TokenStream(fetch(node(tmp_path, server.address)), "train")
     whole = stream.read(0, SHARD)
     address = f"{server.address}/{NAME}/train-00001.npy"
-    with pytest.raises(ValueError, match=rf"^{address}: .*{message}.*5 tries.*; what is in .*/cache stays$"):
+    line = rf"^data.address: {address}: .*{message}.*5 tries.*; what is in .*/cache stays$"
+    with pytest.raises(ValueError, match=line):
         stream.read(SHARD, SHARD + 5)
     assert server.requests["train-00001.npy"] == downloads.TRIES and len(cached(tmp_path)) == 1
     del server.always["train-00001.npy"]
     assert len(stream.read(SHARD, SHARD + 5)) == 5 and np.array_equal(stream.read(0, SHARD), whole)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_what_a_server_will_not_give_is_asked_for_once(tmp_path: Path, server: Server, status: int) -> None:
+    stream = TokenStream(fetch(node(tmp_path, server.address)), "train")
+    server.always["train-00001.npy"] = Fault(status=status)
+    address = f"{server.address}/{NAME}/train-00001.npy"
+    line = rf"^data.address: {address}: HTTP Error {status}.*; name a prepared folder.*; what is in .* stays$"
+    with pytest.raises(ValueError, match=line):
+        stream.read(SHARD, SHARD + 5)
+    assert server.requests["train-00001.npy"] == 1
 
 
 def test_a_download_that_comes_on_is_not_given_up(
@@ -268,7 +295,7 @@ def test_what_is_in_use_stays_and_a_cache_without_room_says_so(
     names = [shard["sha256"] for shard in streams[0].shards.entries]
     assert {names[0], names[1], names[4]} == {path.stem for path in cached(tmp_path)}
     other = TokenStream(folder, "train")
-    other.shards.bring(5)  # not where there is no room
+    assert not other.shards.bring(5, downloads.NEVER)  # there is no room
     assert server.requests["train-00005.npy"] == 0
     with pytest.raises(ValueError, match=r"^data.cache_bytes: 14,448 are too few, all files in .* in use"):
         other.read(7 * SHARD, 7 * SHARD + 1)
@@ -474,3 +501,46 @@ def test_closing_ends_a_download(tmp_path: Path, server: Server, monkeypatch: py
         ahead.close()
         with pytest.raises(downloads.Stopped):
             reading.result(timeout=30)
+
+
+def threads() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_closing_one_who_looks_ahead_leaves_the_others_of_the_stream(tmp_path: Path, server: Server) -> None:
+    packing = Chunks(TokenStream(fetch(node(tmp_path, server.address)), "train"), SHARD, rest=False)
+    order, each = Order(10, 2, 0), prefetch.THREADS + 1
+    wait_until(lambda: threads() == 0)
+    closed, ahead = started(packing, order), started(packing, order)
+    closed.at(0)
+    closed.close()
+    closed.close()  # twice does no harm
+    ahead.at(3)
+    needed = {shard for step in (3, 4) for shard in order.step(step).tolist()}
+    wait_until(lambda: needed <= set(packing.stream.shards._maps) and threads() == each)
+    assert [len(packing.sample(sample).tokens) for sample in range(10)] == [SHARD] * 10
+    ahead.close()
+    again = started(packing, order)  # does not wake those before
+    again.at(0)
+    wait_until(lambda: threads() == each)
+    again.close()
+
+
+def test_each_who_looks_ahead_keeps_its_own_shards(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "STEPS", 2)
+    packing = Chunks(TokenStream(fetch(node(tmp_path, server.address)), "train"), SHARD, rest=False)
+    order = Order(10, 1, 0)
+    both = started(packing, order), started(packing, order)
+    try:
+        for ahead, step in zip(both, (0, 5), strict=True):
+            ahead.at(step)
+        wanted = {int(order.step(step)[0]) for step in (0, 1, 5, 6)}
+        wait_until(lambda: wanted <= set(packing.stream.shards._maps))
+        both[1].at(7)
+        kept = {int(order.step(step)[0]) for step in (0, 1, 7, 8)}
+        wait_until(lambda: kept == set(packing.stream.shards._maps))
+    finally:
+        for ahead in both:
+            ahead.close()

@@ -125,7 +125,9 @@ def test_paths_that_name_nothing_are_refused(tmp_path: Path, make: Callable[...,
     for paths, problem in [
         (f"{tmp_path}/none.txt", "none.txt matches no file"),
         ([f"{tmp_path}/*.x"], "x matches no file"),
-        (str(tmp_path), "is a folder"),
+        (str(tmp_path), "is a folder without files"),
+        (f"{tmp_path}/**", "is a folder without files"),
+        (str(Path(__file__).parent), r"data is a folder; name its files, for example with /\*.txt"),
         ([], "the list is empty"),
     ]:
         with pytest.raises(ValueError, match=rf"^data\.source\.paths: .*{problem}"):
@@ -147,9 +149,8 @@ def test_rows_are_documents(tmp_path: Path, format: str) -> None:
 @pytest.mark.parametrize("format", ["json", "parquet", "csv"])
 def test_a_missing_column_is_named_beside_those_there_are(tmp_path: Path, format: str) -> None:
     path = write_rows(format, tmp_path, {"a": [1], "b": ["x"]})
-    with pytest.raises(
-        ValueError, match=r"^data\.source: .*no column 'text', only a, b; set data\.source\.column"
-    ):
+    wrong = rf"^data\.source: .*, read as {format}: no column 'text', only a, b; set data\.source\.column"
+    with pytest.raises(ValueError, match=wrong):
         read(Rows(format, path))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"column 'a' holds int, not text"):
         read(Rows(format, path, column="a"))  # type: ignore[arg-type]
@@ -178,15 +179,20 @@ def test_compressed_rows(tmp_path: Path, ending: str) -> None:
     path.write_bytes(compressed)
     assert len(read(Rows("json", str(path)))) == 3000
     path.write_bytes(compressed[: len(compressed) // 2])
-    with pytest.raises(ValueError, match=rf"^data\.source: .*rows\.jsonl\.{ending}: ") as caught:
+    wrong = rf"^data\.source: .*rows\.jsonl\.{ending}, read as json: "
+    with pytest.raises(ValueError, match=wrong) as caught:
         read(Rows("json", str(path)))
     assert "\n" not in str(caught.value)
 
 
 def test_rows_that_cannot_be_read_name_their_file(tmp_path: Path) -> None:
-    for name, content in [("latin.jsonl", b'{"text": "\xe9"}\n'), ("broken.jsonl", b'{"text": "a"}\n{"te')]:
+    for name, content in [
+        ("latin.jsonl", b'{"text": "\xe9"}\n'),
+        ("broken.jsonl", b'{"text": "a"}\n{"te'),
+        ("words.txt", b"words, not rows\n"),
+    ]:
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"^data\.source: .*{name}: ") as caught:
+        with pytest.raises(ValueError, match=rf"^data\.source: .*{name}, read as json: ") as caught:
             read(Rows("json", str(tmp_path / name)))
         assert "\n" not in str(caught.value)
 
@@ -233,6 +239,16 @@ def test_parts_that_cannot_be(tmp_path: Path) -> None:
         ValueError, match=r"^data.validation: ByPosition would hold out the end of the last part"
     ):
         list(ByPosition(0.1).split(Parts({"a": empty})))
+
+
+def test_what_is_wrong_with_a_part_names_its_key(tmp_path: Path) -> None:
+    none = Parts({"a": TextFiles(f"{tmp_path}/none.txt")})
+    with pytest.raises(ValueError, match=r"^data\.source\.parts\.a\.paths: .*none\.txt matches no file$"):
+        none.inputs()
+    rows = Parts({"a": Rows("json", write_rows("json", tmp_path, {"body": ["x"]}))})
+    key = r"data\.source\.parts\.b\.parts\.a"
+    with pytest.raises(ValueError, match=rf"^{key}: .*; set {key}\.column$"):
+        list(Parts({"b": rows}).documents())
 
 
 def test_a_wrong_part_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -16,6 +19,7 @@ from data.sources import PIECE, HuggingFace, Rows, Source, TextFiles
 from data.stream import StreamPacking, merge
 from data.tokenizer import END_OF_TEXT, Bytes
 
+ROOT = Path(__file__).resolve().parents[2]
 WINDOW = 8
 TEXTS = [f"{i}: " + "é" * (i * 7 % 23) for i in range(20)] + ["", "short", "", "one that is longer " * 5]
 
@@ -319,6 +323,39 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, tokenizer: Tokenizer) -
     with pytest.raises(ValueError, match="^data.source: .*column 'n' holds int; set data.source.column$"):
         numbers.sample(0)
     (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"te')
-    with pytest.raises(ValueError, match="^data.source: .*c.jsonl: ") as error:
+    with pytest.raises(ValueError, match="^data.source: .*c.jsonl, read as json: ") as error:
         open_documents(Rows("json", f"{tmp_path}/c.jsonl"), 2)
     assert "\n" not in str(error.value)
+
+
+def test_a_shard_of_text_files_opens_its_own_alone(tmp_path: Path) -> None:
+    for number, text in enumerate(["zero", "", "one", "two", "three"]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    documents = open_documents(TextFiles(f"{tmp_path}/*.txt"), 2)
+    for number in (0, 3):  # shard 0 has zero and two
+        (tmp_path / f"{number}.txt").write_bytes(b"\xff")
+    read = list(documents.read(1, None))
+    assert [text.text for text in read] == ["one", "three"]
+    assert [text.text for text in documents.read(1, read[0].after)] == ["three"]
+    with pytest.raises(ValueError, match="0.txt: not UTF-8"):
+        list(documents.read(0, None))
+
+
+UNREACHED = """
+import time
+time.sleep = lambda seconds: None  # between the tries
+from data.cli import one_line_errors
+from data.documents import open_documents
+from data.sources import HuggingFace
+one_line_errors(open_documents)(HuggingFace("some/corpus"), 1)
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", UNREACHED]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: data.source: some/corpus: Couldn't reach 'some/corpus' on the Hub")
+    assert "; start again when it can be reached, or name a folder" in done.stderr
+    assert done.stderr.count("\n") == 1

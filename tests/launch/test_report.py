@@ -116,6 +116,18 @@ def test_the_page_holds_the_names_and_the_curves_of_all_runs(tmp_path: Path) -> 
     assert first["color"] != second["color"]
 
 
+def test_the_shares_of_a_mixture_are_columns_beside_the_training_loss(tmp_path: Path) -> None:
+    mixed = [
+        train(10, 3.5, **{"share/web": 0.75, "share/</script>": 0.25}),
+        record("eval", 10, loss=3.375),
+        train(20, 3.25, **{"share/web": 0.5, "share/</script>": 0.25, "share/code": 0.25}),
+    ]
+    page = Page(report([make_run(tmp_path / "mixed", mixed), make_run(tmp_path / "plain")]))
+    first, second = json.loads(page.data)
+    assert first["shares"] == {"web": [0.75, 0.5], "</script>": [0.25, 0.25], "code": [None, 0.25]}
+    assert first["train"]["step"] == [10, 20] and second["shares"] == {}
+
+
 def test_the_summary_says_the_final_figures_for_people(tmp_path: Path) -> None:
     text = Page(report([make_run(tmp_path / "a")])).text
     figures = ("1.8125", "6.13", "1.900 (41% below gzip)", "3.200", "2.900", "1.23 M", "4 k", "40 TFLOP")

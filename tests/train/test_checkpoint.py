@@ -202,9 +202,9 @@ def save(own: Saver, *numbers: int) -> Saved:
     return saved
 
 
-def good(directory: Path, before: int | None = None) -> tuple[int | None, list[str]]:
+def good(directory: Path) -> tuple[int | None, list[str]]:
     lines: list[str] = []
-    found = newest_good(directory, lines.append, before)
+    found = newest_good(directory, lines.append)
     assert all("\n" not in line for line in lines)
     return found, lines
 
@@ -344,12 +344,12 @@ def test_with_all_damaged_there_is_one_line(two: Path) -> None:
     with pytest.raises(ValueError, match=r"none of its 2 checkpoint\(s\) is whole \(.*model.safe") as caught:
         good(two)
     assert "\n" not in str(caught.value)
+    remove_after(two, 3)
     with pytest.raises(ValueError, match=r"none of its 1 checkpoint\(s\) is whole \(.*state.json is missing"):
-        good(two, before=5)
+        good(two)
 
 
-def test_the_newest_before_a_step(two: Path) -> None:
-    assert [good(two, before)[0] for before in (7, 6, 5, 3, 2)] == [6, 6, 3, 3, None]
+def test_with_none_or_the_newest_removed(two: Path) -> None:
     assert good(two / "absent") == (None, [])
     remove_after(two, 3)
     assert names(two) == [LATEST, "step-00000003"] and good(two) == (3, [])

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -33,6 +32,7 @@ from tests.train.test_run import hurry, tensors
 from train.checkpoint import WEIGHTS, path_of, read_state, remove_after, steps
 from train.objective.causal import Causal
 from train.records import read_metrics
+from train.rollback import way_back
 from train.rundir import RunDir
 
 # What is wrong with the data: the loss of the last rank's part of some batches is multiplied.
@@ -346,20 +346,13 @@ def test_a_run_that_is_killed_in_or_after_a_rollback(folder: Path, ends: dict[st
 def test_the_way_back_goes_around_damage(
     tmp_path: Path, damaged: tuple[int, ...], target: int, left_out: list[int]
 ) -> None:
-    from train.run import Run
-
     said: list[str] = []
     rundir = RunDir(tmp_path)
     for step in (4, 8, 10):
         write_checkpoint(rundir.checkpoints, step, {"a": torch.zeros(1)})
     for step in damaged:
         (path_of(rundir.checkpoints, step) / WEIGHTS).unlink()
-    config = SimpleNamespace(divergence=SimpleNamespace(pass_over=2))
-    monitor = SimpleNamespace(rollbacks=[10])
-    run: Any = SimpleNamespace(
-        rundir=rundir, config=config, passed_over=[], monitor=monitor, _say=said.append
-    )
-    found, positions, problem = Run._way_back(run, 10)
+    found, positions, problem = way_back(rundir, 10, 2, [], [10], said.append)
     assert (found, positions) == (target, left_out) and len(said) == len(damaged)
     if len(damaged) == 3:
         assert problem == "there is no checkpoint before it to roll back to"

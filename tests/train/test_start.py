@@ -131,7 +131,8 @@ def test_what_does_not_fit_is_refused(text: Path, overrides: list[str], message:
 def test_a_lexicon_may_not_change_under_a_run(text: Path) -> None:
     lexicon = text / "lexicon.txt"
     lexicon.write_text("item\n")
-    knowledge = [*KNOWLEDGE, f"{LEXICON}{lexicon}", "objective.phrases=null", "objective.stages.phrase=null"]
+    stages = ["objective.phrases=null", "objective.stages={word:0,phrase:null,entity:1}"]
+    knowledge = [*KNOWLEDGE, f"{LEXICON}{lexicon}", *stages]
     begun(text, "ernie", 1, *knowledge)
     begun(text, "ernie", 1, *knowledge)
     lexicon.write_text("item\nfollows\n")

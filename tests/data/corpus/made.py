@@ -53,8 +53,16 @@ class Returns:
 
 
 class Fails:
+    """Has a bug that shows at documents that hold a word, unless there is a file."""
+
+    def __init__(self, word: str, path: str = "") -> None:
+        self.word = word
+        self.path = path
+
     def __call__(self, document: Document) -> str | None:
-        raise KeyError("of a bug")
+        if self.word in document.text and not Path(self.path).is_file():
+            raise KeyError("of\n a bug")
+        return None
 
 
 class Unpicklable:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from datatrove.data import Document as Datatrove
@@ -17,7 +18,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from data.corpus import card as page
 from data.corpus import files as corpus_files
 from data.corpus.counts import tokens
+from data.corpus.dedup import PARAGRAPH
 from data.corpus.files import Input, Read
+from data.corpus.repeats import MARK
 from data.corpus.stage import Step, Tally, counted
 from data.sources import PIECE, Document, TextFiles
 from tests.data.corpus.made import Without, card, corpus, files, kept, node, stage, write
@@ -187,7 +190,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     out, errors = process.communicate()
     assert process.returncode == 1 and out == ""
     line = f"error: {tmp_path}/raw/bad.txt: not UTF-8 at byte 1 (0xff); convert the file, for example with "
-    assert errors == line + "iconv -t UTF-8\n"
+    assert errors == line + "iconv -t UTF-8, or leave it out\n"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,11 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ({"own": stage("Unpicklable")}, "stages: cannot go to the workers: .*lambda"),
         ({"own": stage("Without")}, r"stages\.own\.word: missing"),
         ({"own": stage("Without", word="a", words="b")}, r"stages\.own\.words: unknown key"),
-        ({"own": "Without"}, r"stages\.own: is not a node with a _target_; .* needs _recursive_: false"),
+        ({"own": "Without"}, r"stages\.own: 'Without' is no node with a _target_; write 'data\.source\.st"),
+        (
+            {"own": {"word": "a"}},
+            r"stages\.own: has no _target_ that names a class; set data\.source\.stages",
+        ),
         ({"a/b": stage("Language")}, "a/b cannot be a name"),
         ({"read": stage("Language")}, "read cannot be a name"),
     ],
@@ -222,9 +229,36 @@ def test_reasons_must_be_few(tmp_path: Path) -> None:
         kept(texts, tmp_path, {"own": stage("Returns", value="id")})
 
 
-def test_a_bug_in_a_stage_keeps_its_trace(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)read, own: 'of a bug'\n.*made\.py.*raise KeyError"):
-        kept(TEXTS, tmp_path, {"own": stage("Fails")})
+def test_an_error_in_a_stage_of_ones_own_is_one_line_and_the_next_build_goes_on(tmp_path: Path) -> None:
+    paths = write(tmp_path / "raw", TEXTS)
+    stages = {"own": stage("Fails", word="text 13 ", path=f"{tmp_path}/mended")}
+    process = start(node(paths, tmp_path, stages, executor=stage("data.corpus.executors.Local", workers=1)))
+    out, errors = process.communicate()
+    made = corpus(paths, tmp_path, stages)
+    log = made.folder / "work" / "00" / "logs" / "task_00001.log"
+    where = "at document mine/13.txt of source mine"
+    assert (process.returncode, out) == (1, "")
+    assert errors == (
+        f"error: data.source.stages.own: KeyError: 'of\\n a bug', {where}; its trace is in {log}\n"
+    )
+    assert "made.py" in log.read_text() and "raise KeyError" in log.read_text()
+    assert [path.name for path in made.folder.glob("work/00/completions/*")] == ["00000"]
+    finished = made.folder / "documents" / "00000.jsonl.zst"
+    before = finished.stat().st_mtime_ns
+    (tmp_path / "mended").touch()
+    assert len(list(made.documents())) == len(TEXTS)
+    assert finished.stat().st_mtime_ns == before
+
+
+def test_a_bug_in_a_stage_of_ours_keeps_its_trace(tmp_path: Path) -> None:
+    marks = np.zeros(1, MARK)  # names a paragraph that the first document does not have
+    marks["unit"] = PARAGRAPH + 5
+    (tmp_path / "found").mkdir()
+    np.save(tmp_path / "found" / "00000-00000.npy", marks)
+    stages = {"lines": stage("data.corpus.dedup.RemoveLines", found=f"{tmp_path}/found")}
+    said = r"read, lines: data\.source\.stages\.lines: KeyError: 5, at document mine/00\.txt of source mine\n"
+    with pytest.raises(RuntimeError, match=rf"(?s)^{said}.*dedup\.py.*KeyError: 5"):
+        kept(TEXTS, tmp_path, stages)
 
 
 def test_mistakes_in_inputs_are_one_line(tmp_path: Path) -> None:
@@ -245,8 +279,21 @@ def test_mistakes_in_inputs_are_one_line(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=rf"^data\.source\.{message}"):
             corpus("", tmp_path, {}, inputs=inputs)
-    with pytest.raises(ValueError, match="no.txt matches no file"):
+    with pytest.raises(ValueError, match=r"^data\.source\.inputs\.mine\.source\.paths: .*no\.txt matches no"):
         corpus(f"{tmp_path}/no.txt", tmp_path, {}).inputs()
+    with pytest.raises(ValueError, match=r"^data\.source\._recursive_: must be false"):
+        corpus(empty, tmp_path, {}, _recursive_=True)
+
+
+def test_what_a_worker_cannot_read_names_the_key_of_its_input(tmp_path: Path) -> None:
+    write(tmp_path / "raw", {"a.jsonl": '{"body": "text"}\n'})
+    source = {"_target_": "data.sources.Rows", "format": "json", "paths": f"{tmp_path}/raw/a.jsonl"}
+    process = start(node("", tmp_path, {}, inputs={"rows": {"source": source}}))
+    out, errors = process.communicate()
+    key = "data.source.inputs.rows.source"
+    wrong = f"no column 'text', only body; set {key}.column"
+    assert (process.returncode, out) == (1, "")
+    assert errors == f"error: {key}: {tmp_path}/raw/a.jsonl, read as json: {wrong}\n"
 
 
 def test_what_changes_the_documents_changes_the_folder(tmp_path: Path) -> None:

@@ -82,3 +82,19 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         Decontaminate({"a": empty}, n=5)
     with pytest.raises(ValueError, match="^against.quiz: holds no words"):
         reason(Decontaminate({"quiz": empty}), "text")
+
+
+@pytest.mark.parametrize(
+    ("quiz", "message"),
+    [
+        ("raw/empty.txt", ": holds no words; name another evaluation set"),
+        ("none.txt", r"\.paths: .*/none\.txt matches no file"),
+        (None, ": None is no node with a _target_"),
+    ],
+)
+def test_a_mistake_in_a_set_names_its_key(tmp_path: Path, quiz: str | None, message: str) -> None:
+    paths = write(tmp_path / "raw", {"empty.txt": "...", "a.txt": "text"})
+    source = quiz and {"_target_": "data.sources.TextFiles", "paths": f"{tmp_path}/{quiz}"}
+    stages = {"quiz": stage("data.corpus.decontaminate.Decontaminate", against={"quiz": source})}
+    with pytest.raises(ValueError, match=rf"^data\.source\.stages\.quiz\.against\.quiz{message}"):
+        corpus(paths, tmp_path, stages).build(progress=False)

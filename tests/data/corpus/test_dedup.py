@@ -40,6 +40,22 @@ def test_of_equal_texts_the_first_stays(tmp_path: Path) -> None:
     assert list(kept({"0": "0"} | texts, tmp_path / "two", EXACT, tasks=2)) == ["0", "b", "c"]
 
 
+def test_exact_duplicates_are_told_in_the_card(tmp_path: Path) -> None:
+    texts = {f"{name}{n}": f"{name} text of some words" for name in "abc" for n in range(4)}
+    texts["own"] = "a text of its own"
+    made = corpus(write(tmp_path / "raw", texts), tmp_path, EXACT, tasks=3)
+    made.build(progress=False)
+    assert {document.text for document in made.documents()} == set(texts.values())
+    exact = card(made)["stages"][-1]
+    size = sum(map(len, texts.values()))
+    dropped = {"documents": 9, "bytes": 9 * len(texts["a0"]), "tokens": 9 * 5}
+    assert exact["dropped"] == {"exact duplicate": dropped}
+    assert exact["in"] == {"documents": 13, "bytes": size, "tokens": 13 * 5}
+    assert exact["out"] == {unit: exact["in"][unit] - dropped[unit] for unit in dropped}
+    assert [example["reason"] for example in exact["examples"]] == ["exact duplicate"] * 5
+    assert "<th>exact duplicate</th>" in (made.folder / "card.html").read_text()
+
+
 def test_near_duplicates_are_found_and_others_stay(tmp_path: Path) -> None:
     originals = {f"o{n}": prose(n) for n in range(150)}
     near = {f"n{n}": changed(originals[f"o{n}"], 0.01, n) for n in range(100)}

@@ -124,7 +124,7 @@ class EngineLoop:
         )
         like_torch = AdamW(LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
         groups = [{"params": list(model.parameters()), "weight_decay": like_torch.weight_decay}]
-        self.engine = Engine(config, model, Causal(), like_torch(groups, offload=False), world)
+        self.engine = Engine(config, model, Causal(), like_torch, groups, world)
 
     def train_step(self, step: int, batches: list[Batch]) -> float:
         """The mean token loss in nats before the step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,11 @@ from train.start import build_model
 
 CONF = ROOT / "conf"
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
-TRAINED = list(
-    product(*([c for g, c in CHOICES if g == group] for group in ("optim", "schedule", "objective")))
-)
+USUAL = {"optim": "adamw", "schedule": "cosine", "objective": "causal"}
+# Each choice of one group with the usual ones of the others.
+TRAINED = [tuple((USUAL | {group: choice}).values()) for group, choice in CHOICES if group in USUAL]
+ENGINE = ("engine.threads=1", "engine.precision=fp32")  # in which the smallest change shows
+STEPS = 3  # SOAP's first is none
 PAIRED = ("next-sentence", "sentence-order")  # objectives with pairs
 VOCABULARY = 50304  # where the tokenizer does not say
 
@@ -126,10 +127,10 @@ def fitting(objective: Any) -> Any:
     return models[family](**sizes)
 
 
-def two_steps(folder: str) -> list[tuple[list[float], list[str]]]:
-    """Losses of two steps of each way to train, and the weights that they did not change to other numbers."""
+def some_steps(folder: str) -> list[tuple[list[float], list[str]]]:
+    """Losses of some steps of each way to train, and the weights that they left as they were."""
     from train.engine import Engine, start_world
-    from train.optim.groups import decay_groups
+    from train.optim.groups import parameter_groups
 
     world = start_world()
     corpus(Path(folder) / "text")
@@ -138,7 +139,7 @@ def two_steps(folder: str) -> list[tuple[list[float], list[str]]]:
         choices = (f"optim={optim}", f"schedule={schedule}", f"objective={objective}", "tokenizer=bpe")
         special = f"tokenizer.special=[{','.join(SPECIAL)}]"
         vocabulary = "tokenizer.vocabulary_size=512"
-        run = config(Path(folder), *choices, special, vocabulary, "sequence_length=64", "engine.threads=1")
+        run = config(Path(folder), *choices, special, vocabulary, "sequence_length=64", *ENGINE)
         trained, rate = instantiate(run.objective, "objective"), instantiate(run.schedule, "schedule")
         prepared = prepare(OmegaConf.create(run.data), OmegaConf.create(run.tokenizer), progress=False)
         collate = trained.collator(prepared, run.sequence_length, isolate=False)
@@ -146,12 +147,11 @@ def two_steps(folder: str) -> list[tuple[list[float], list[str]]]:
         batch = collate([packing.sample(index) for index in range(8)])
         model = fitting(trained)
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-        optimizer = instantiate(run.optim, "optim")
-        groups = decay_groups(model, optimizer.weight_decay)
-        engine = Engine(run, model, trained, optimizer(groups, offload=False), world)
+        rule = instantiate(run.optim, "optim")
+        engine = Engine(run, model, trained, rule, parameter_groups(model, rule), world)
         losses = []
-        for step in range(2):
-            engine.set_learning_rate(rate(step, 2))
+        for step in range(STEPS):
+            engine.set_learning_rate(rate(step, STEPS))
             result = engine.train_step(step, [batch])
             losses.append(float(result.loss_sum) / result.count)
         after = engine.snapshot(aside=True)[1] or {}
@@ -162,11 +162,11 @@ def two_steps(folder: str) -> list[tuple[list[float], list[str]]]:
     return results
 
 
-def test_every_way_to_train_takes_two_steps(tmp_path: Path) -> None:
-    (results,) = run_ranks(two_steps, 1, str(tmp_path))
+def test_every_way_to_train_takes_some_steps(tmp_path: Path) -> None:
+    (results,) = run_ranks(some_steps, 1, str(tmp_path))
     for way, (losses, still) in zip(TRAINED, results, strict=True):
         assert all(0 < loss < 100 for loss in losses), way
-        assert losses[1] < losses[0], way
+        assert losses[-1] < losses[0], way
         # What tells a pair's two texts apart and in order is only trained where there are pairs.
         untrained = ("pooler", "pair_head", "segments") if not way[2].endswith(PAIRED) else ()
         assert not [name for name in still if not name.startswith(untrained)], way

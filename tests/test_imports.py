@@ -17,12 +17,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Inside train a part imports only parts of earlier lines, never one of its own line.
 TRAIN = [
     {"config", "files", "stop", "records"},
-    {"deepspeed_config", "divergence", "hardware", "lock", "ranks", "track"},
+    {"deepspeed_config", "divergence", "hardware", "lock", "optim", "ranks", "track", "whole"},
     {"rundir"},
-    {"objective", "optim", "engine"},
+    {"objective", "engine"},
     {"checkpoint", "elastic", "pretrained", "supply", "watchdog"},
-    {"eval", "fork", "log"},
-    {"start"},
+    {"eval", "fork", "log", "rollback"},
+    {"journal", "start"},
+    {"lookahead"},
     {"run"},
     {"__main__"},
 ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.engine import MASTER, TRUSTED, Engine
+from train.engine import MASTER, TRUSTED, Engine, rule_states
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def redistribute(engine: Engine, folder: Path, zero_stage: int) -> None:
             shards = _stage_3(folder)
         else:
             shards = _stages_1_and_2(folder)
-    engine.restore(shards.parameters, shards.scalars, shards.loss_scale)
+        states = rule_states(folder)
+    engine.restore(shards.parameters, shards.scalars, shards.loss_scale, states)
 
 
 def _unsharded(folder: Path, group_names: list[list[str]]) -> Shards:
@@ -65,11 +66,10 @@ def _unsharded(folder: Path, group_names: list[list[str]]) -> Shards:
 
     def parameters() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for index, name in enumerate(names):
-            moments = {key: value for key, value in optimizer["state"][index].items() if value.dim()}
+            moments = _tensors(optimizer["state"].get(index, {}))
             yield name, {key: t.flatten() for key, t in {MASTER: masters[name], **moments}.items()}
 
-    scalars = {key: value for key, value in optimizer["state"][0].items() if not value.dim()}
-    return Shards(parameters(), scalars, float(saved["optimizer"].get("cur_scale", 1.0)))
+    return Shards(parameters(), _scalars(optimizer["state"]), float(saved["optimizer"].get("cur_scale", 1.0)))
 
 
 def _stages_1_and_2(folder: Path) -> Shards:
@@ -85,7 +85,8 @@ def _stages_1_and_2(folder: Path) -> Shards:
                     place = saved["param_slice_mappings"][group].get(name)
                     if place is None:
                         continue
-                    flat = {MASTER: saved["single_partition_of_fp32_groups"][group], **_tensors(state[group])}
+                    weights = saved["single_partition_of_fp32_groups"][group]
+                    flat = {MASTER: weights, **_tensors(state.get(group, {}))}
                     for key, tensor in flat.items():
                         pieces.setdefault(key, []).append(tensor.narrow(0, place.start, place.numel))
                 yield name, {key: torch.cat(parts) for key, parts in pieces.items()}
@@ -105,7 +106,7 @@ def _stage_3(folder: Path) -> Shards:
                 share = -(-shape.numel() // len(ranks))  # of each rank; the last one's is padded
                 pieces: dict[str, list[Tensor]] = {}
                 for saved, state in zip(ranks, states, strict=True):
-                    flat = {MASTER: saved["fp32_flat_groups"][group], **_tensors(state[group])}
+                    flat = {MASTER: saved["fp32_flat_groups"][group], **_tensors(state.get(group, {}))}
                     for key, tensor in flat.items():
                         pieces.setdefault(key, []).append(tensor.narrow(0, offset, share))
                 offset += share
@@ -138,4 +139,6 @@ def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _scalars(states: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in states[0].items() if not (torch.is_tensor(value) and value.dim())}
+    """The counters of the first group that has states: parameters that are stepped whole have none here."""
+    first: dict[str, Any] = next((state for state in states.values() if state), {})
+    return {key: value for key, value in first.items() if not (torch.is_tensor(value) and value.dim())}

@@ -21,7 +21,7 @@ import pickle
 import socket
 import sys
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -44,6 +44,8 @@ from torch import Tensor, nn
 
 from train import deepspeed_config
 from train.config import RunConfig
+from train.optim.base import Rule
+from train.whole import Piece, Whole
 
 Batch = dict[str, Tensor]
 
@@ -53,6 +55,7 @@ Accept = Callable[[float, float], bool]
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "ISOFLOP_ALONE": "1"}
 
 PATIENCE = timedelta(hours=2)  # of a rank with the others: rank 0 may prepare data while they wait
+RULE = "rule_rank_{}.pt"
 MASTER = "fp32"  # the name of a parameter's fp32 weights beside those of the optimizer's states
 
 # Besides tensors and plain containers, all that DeepSpeed's checkpoints hold.
@@ -212,7 +215,7 @@ class Engine:
         config: the frozen run config.
         model: fp32, on any device; its parameters are cast and sharded in place.
         objective: see `train.objective`.
-        optimizer: over the model's parameters.
+        rule: makes the optimizer. groups: the model's parameters for it: see `train.optim.groups`.
     """
 
     def __init__(
@@ -220,10 +223,11 @@ class Engine:
         config: RunConfig,
         model: nn.Module,
         objective: Any,
-        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        groups: list[dict[str, Any]],
         world: World,
     ) -> None:
-        self.world, self.objective, self.model = world, objective, model
+        self.world, self.objective, self.model, self.rule = world, objective, model, rule
         self.seed, self.zero_stage = config.seed, config.engine.zero_stage
         self.precision = config.engine.precision
         if config.engine.threads:
@@ -233,21 +237,31 @@ class Engine:
             for block in model.blocks:  # type: ignore[union-attr]
                 block.compile()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        optimizer = rule(groups, config.engine.offload_optimizer)
         members = [list(group["params"]) for group in optimizer.param_groups]
         self.group_names = [[names[id(parameter)] for parameter in group] for group in members]
+        whole = []
+        for group, own, asked in zip(optimizer.param_groups, self.group_names, groups, strict=True):
+            group["names"] = own  # which DeepSpeed replaces by flat tensors
+            if asked.get("whole"):  # without what the elementwise optimizer has entered
+                whole.append({**asked, "names": own, "lr": group["lr"]})
+        self._named = dict(model.named_parameters())
+        shapes = {name: parameter.shape for name, parameter in self._named.items()}
         self._group_of = {id(parameter): i for i, group in enumerate(members) for parameter in group}
         self.peaks = [group["lr"] for group in optimizer.param_groups]  # the schedule multiplies these
-        # In half precision without ZeRO, DeepSpeed takes a step with gradients of zero to allocate the
-        # optimizer's state. It must neither decay the weights nor count in Adam's bias correction.
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
+        # In half precision without ZeRO, DeepSpeed steps once with gradients of zero to allocate the states:
+        # that must neither decay the weights nor count in Adam's bias correction.
+        self._step_elementwise = optimizer.step
+        optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
+        self._whole: Whole | None = None
         with quiet():
             self.engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=deepspeed_config.derive(config, world.size)
             )
         optimizer = self.engine.basic_optimizer
+        if self.zero_stage in (1, 2):
+            self._flats = [group["params"][0] for group in optimizer.param_groups]
         if self.zero_stage == 0:
-            optimizer.state.clear()
             # In half precision the optimizer steps fp32 copies in their places.
             stepped = [group["params"] for group in optimizer.param_groups]
             self._stepped = {
@@ -258,7 +272,19 @@ class Engine:
         if self.zero_stage == 3:
             self._clear_padding()
         # DeepSpeed's optimizers all end in this call, at which the gradient norm is known on every rank.
-        self._update, optimizer.step = optimizer.step, self._judged_update  # type: ignore[method-assign]
+        optimizer.step = self._judged_update  # type: ignore[method-assign]
+        if whole:
+            self._whole = Whole(
+                whole,
+                self.rule.whole,
+                self.rule.counters,
+                lambda name: self._piece(self._named[name]),
+                shapes,
+                ranks=world.size,
+                rank=world.rank,
+                device=world.device,
+                replicated=self.zero_stage == 0,
+            )
         self.engine._copy_recovery_script = lambda folder: None  # model.safetensors needs none
         self.set_learning_rate(1.0)
 
@@ -268,10 +294,10 @@ class Engine:
         optimizer = self.engine.optimizer
         for parameter in self.model.parameters():
             group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            own = min(count, max(0, parameter.ds_numel - count * self.world.rank))  # type: ignore[attr-defined]
+            piece = self._piece(parameter)
+            own = piece.count if piece else 0
             parameter.ds_tensor.view(-1)[own:].zero_()  # type: ignore[attr-defined]
-            flat = optimizer.fp32_partitioned_groups_flat[group]
-            flat.narrow(0, start + own, count - own).zero_()
+            optimizer.fp32_partitioned_groups_flat[group].narrow(0, start + own, count - own).zero_()
 
     def set_learning_rate(self, multiplier: float) -> None:
         """Scale every group's peak learning rate for the next step."""
@@ -314,14 +340,28 @@ class Engine:
             self._accept(0.0 if self.precision == "fp16" else math.inf)
         return Step(loss_sum, int(total), self._norm or 0.0, not self._verdict, metrics)
 
-    def _judged_update(self, *arguments: Any, **keywords: Any) -> Any:
+    def _judged_update(self) -> None:
         """Stands in for the optimizer's step, which ZeRO calls once per group of parameters."""
         if self._verdict is None:
             if self._norm is None:
                 norm = float(self.engine.optimizer._global_grad_norm) / self._scale
                 self._norm = math.nan if norm < 0 else norm  # DeepSpeed's sign for one that is not finite
             self._verdict = self._accept(self._norm)
-        return self._update(*arguments, **keywords) if self._verdict else None
+        return self._update() if self._verdict else None
+
+    def _update(self) -> None:
+        """Step the groups that DeepSpeed shows, one or all of them."""
+        optimizer = self.engine.basic_optimizer
+        shown = optimizer.param_groups
+        # A library may count the steps of a group in it, so that it is shown those alone that are stepped.
+        optimizer.param_groups = [g for g in shown if g["params"] and not g.get("whole")]
+        if optimizer.param_groups:
+            self._step_elementwise()
+        optimizer.param_groups = shown
+        for group in shown:
+            if group["params"] and group.get("whole"):
+                assert self._whole is not None
+                self._whole.step(group)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -337,16 +377,19 @@ class Engine:
         state = {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: 0.2}}
         with quiet():
             self.engine.save_checkpoint("/", tag="", client_state=state, save_latest=False)
+        if self.rule.counters or self._whole:
+            files.save(self._rule_state(), RULE.format(self.world.rank))
+        aside = aside or self.rule.averages  # which are others again behind this
+        with quiet(), self.averaged():
             if self.zero_stage == 3:
                 weights = self.engine._zero3_consolidated_16bit_state_dict()
             else:
                 weights = self.engine.module.state_dict() if self.world.rank == 0 else None
-        if weights is None:
-            return files.found, None
-        names = {name for name, _ in self.model.named_parameters()}  # a tied weight once
-        return files.found, {
-            name: _on_cpu(tensor, aside) for name, tensor in weights.items() if name in names
-        }
+            if weights is None:
+                return files.found, None
+            names = {name for name, _ in self.model.named_parameters()}  # a tied weight once
+            found = {name: _on_cpu(tensor, aside) for name, tensor in weights.items() if name in names}
+        return files.found, found
 
     def load(self, folder: Path) -> None:
         """Restore what an engine of this size and stage gave as `snapshot`, from its files.
@@ -371,12 +414,14 @@ class Engine:
             group.update(own)
         if self.zero_stage in (1, 2):
             self.engine.optimizer.clip_grad = self.engine.gradient_clipping()
+        self._load_rule_state(rule_states(folder))
 
     def restore(
         self,
         parameters: Iterable[tuple[str, dict[str, Tensor]]],
         scalars: dict[str, Any],
         loss_scale: float,
+        rule_states: list[dict[str, Any]],
     ) -> None:
         """Take this rank's part of whole parameters (see `train.elastic.Shards`).
 
@@ -398,42 +443,116 @@ class Engine:
         for stepped, state in self.engine.basic_optimizer.state.items():
             for key, value in scalars.items():
                 state[key] = value.to(stepped.device, copy=True) if torch.is_tensor(value) else value
+        self._load_rule_state(rule_states)
         if self.zero_stage == 3:
-            for group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            self._reassign()
             optimizer.checkpoint_event_epilogue()
         if self.precision == "fp16":
             (optimizer.loss_scaler if self.zero_stage else optimizer.loss_scale_config).cur_scale = loss_scale
 
+    @property
+    def loads_own_layout(self) -> bool:
+        """Whether `load` restores all of its own snapshot. DeepSpeed's loading wants states of all groups."""
+        return self._whole is None and self.rule.keeps_state
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model holds the weights that are evaluated, where its rule steps others. All ranks call it."""
+        if not self.rule.averages:
+            yield
+            return
+        pieces = self._stepped_tensors()
+        kept = [holder.detach().clone() for holder, _ in pieces]
+        state = self.engine.basic_optimizer.state
+        with torch.no_grad():
+            for holder, group in pieces:
+                self.rule.average(holder.data, state.get(holder, {}), group)
+        self._refresh()
+        try:
+            yield
+        finally:
+            for (holder, _), weights in zip(pieces, kept, strict=True):
+                holder.data.copy_(weights)
+            self._refresh()
+
+    def _stepped_tensors(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What the optimizer steps on this rank, each with its group."""
+        groups = self.engine.basic_optimizer.param_groups
+        if self.zero_stage < 3:
+            return [(tensor, group) for group in groups for tensor in group["params"]]
+        flats, group_of = self.engine.optimizer.fp32_partitioned_groups_flat, self.engine.optimizer
+        return [(flat, groups[group_of.sub_group_to_group_id[i]]) for i, flat in enumerate(flats)]
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Have the model's weights be those that the optimizer steps."""
+        optimizer = self.engine.optimizer
+        if self.zero_stage == 3:
+            optimizer.checkpoint_event_prologue()  # no whole parameter stays gathered
+            self._reassign()
+            optimizer.checkpoint_event_epilogue()
+        elif self.zero_stage > 0:
+            optimizer.update_lp_params()
+        else:
+            for parameter in self.model.parameters():
+                parameter.copy_(self._stepped[id(parameter)])
+
+    def _reassign(self) -> None:
+        """Under ZeRO-3, the model's shares become those of the fp32 weights."""
+        for group in range(len(self.engine.optimizer.fp16_groups)):
+            self.engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+
+    def _rule_state(self) -> dict[str, Any]:
+        """What DeepSpeed does not save: what is counted in groups, by their first name, and whole states."""
+        counters = {
+            group["names"][0]: {key: group[key] for key in self.rule.counters if key in group}
+            for group in self.engine.basic_optimizer.param_groups
+        }
+        return {"counters": counters, "whole": self._whole.state() if self._whole else None}
+
+    def _load_rule_state(self, saved: list[dict[str, Any]]) -> None:
+        for group in self.engine.basic_optimizer.param_groups:
+            for one in saved:
+                group.update(one["counters"].get(group["names"][0], {}))
+        if self._whole is not None:
+            self._whole.load_state(one["whole"] for one in saved if one["whole"])
+
     def _assign(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
         """This rank's part of one parameter: its fp32 weight, its copy in half precision, its moments."""
-        optimizer, basic = self.engine.optimizer, self.engine.basic_optimizer
+        if self.zero_stage < 3:
+            parameter.data.copy_(tensors[MASTER].view_as(parameter))
+        piece = self._piece(parameter)
+        if piece is not None:
+            state = self.engine.basic_optimizer.state
+            for key, whole in tensors.items():
+                piece.of(_state_of(state, piece.holder, key)).copy_(piece.within(whole))
+
+    def _piece(self, parameter: nn.Parameter) -> Piece | None:
+        """What lies of a parameter on this rank; None where nothing does."""
+        if self.zero_stage == 0:
+            return Piece(self._stepped[id(parameter)], 0, 0, parameter.numel())
         if self.zero_stage == 3:
+            optimizer = self.engine.optimizer
             group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            first = count * self.world.rank  # the last ranks' shares are padded
+            own = min(count, parameter.ds_numel - first)  # type: ignore[attr-defined]
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            for key, whole in tensors.items():
-                padded = torch.nn.functional.pad(whole, (0, count * self.world.size - whole.numel()))
-                mine = padded.narrow(0, count * self.world.rank, count)
-                _state_of(basic, flat, key).narrow(0, start, count).copy_(mine)
-            return
-        parameter.data.copy_(tensors[MASTER].view_as(parameter))
-        if self.zero_stage > 0:
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:  # none of it on this rank
-                return
-            (flat,) = basic.param_groups[self._group_of[id(parameter)]]["params"]
-            here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-            for key, whole in tensors.items():
-                mine = whole.narrow(0, here.start, here.numel)
-                _state_of(basic, flat, key).narrow(0, there.start, there.numel).copy_(mine)
-            return
-        stepped = self._stepped[id(parameter)]
-        stepped.data.copy_(tensors[MASTER].view_as(stepped))
-        basic.state[stepped] = {
-            key: whole.to(stepped.device, copy=True).view_as(stepped)
-            for key, whole in tensors.items()
-            if key != MASTER
-        }
+            return Piece(flat, start, first, own) if own > 0 else None
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+        return Piece(self._flats[self._group_of[id(parameter)]], there.start, here.start, here.numel)
+
+    def count_steps(self) -> tuple[Counter[str], Counter[str]]:
+        """How often this rank steps each parameter from now on, by its name: whole, and in shares."""
+        shares: Counter[str] = Counter()
+
+        def step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            shares.update(name for group in optimizer.param_groups for name in group["names"])
+
+        self.engine.basic_optimizer.register_step_post_hook(step)
+        return self._whole.count_steps() if self._whole else Counter(), shares
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds between steps: parameters, fp32 master weights and optimizer moments."""
@@ -445,6 +564,7 @@ class Engine:
         moments = [
             t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim()
         ]
+        moments += self._whole.tensors() if self._whole else []
         return {"parameters": _bytes(held), "master_weights": _bytes(masters), "moments": _bytes(moments)}
 
     def _master_weights(self) -> list[Tensor]:
@@ -471,11 +591,17 @@ class Engine:
         return {key: tensor.to(self.world.device, non_blocking=True) for key, tensor in batch.items()}
 
 
-def _state_of(optimizer: torch.optim.Optimizer, flat: Tensor, key: str) -> Tensor:
-    """A state of the flat fp32 weights by name, or under MASTER these themselves."""
+def _state_of(states: dict[Tensor, dict[str, Any]], holder: Tensor, key: str) -> Tensor:
+    """A state of fp32 weights by name, or under MASTER these themselves."""
     if key == MASTER:
-        return flat.data
-    return optimizer.state[flat].setdefault(key, torch.zeros_like(flat.data))
+        return holder.data
+    return states[holder].setdefault(key, torch.zeros_like(holder.data))
+
+
+def rule_states(folder: Path) -> list[dict[str, Any]]:
+    """Of every rank, what a checkpoint holds beside DeepSpeed's files. Raises pickle.UnpicklingError."""
+    paths = sorted(folder.glob(RULE.format("*")))
+    return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
 
 
 class _Files(CheckpointEngine):

@@ -11,10 +11,8 @@ import dataclasses
 import math
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +26,24 @@ from data.tokenizer import load_tokenizer
 from model.flops import count
 from train import checkpoint, deepspeed_config, hardware
 from train.config import RunConfig, load, micro_batch
-from train.divergence import Event, Monitor, offending, position, rollback_targets
+from train.divergence import Event, Monitor, position
 from train.elastic import redistribute
 from train.engine import Engine, World, start_world, stop_world
-from train.eval.evaluate import evaluate, unigram_loss
+from train.eval.evaluate import evaluate
 from train.eval.sample import respond
-from train.log import Log, Meter
+from train.fork import begins_on_other_text
+from train.journal import Journal, outline
+from train.log import Meter
+from train.lookahead import look_ahead
 from train.objective.base import AUXILIARY
-from train.optim.groups import decay_groups
+from train.optim.groups import parameter_groups
 from train.pretrained import load_pretrained
 from train.ranks import end_torchrun, end_with, lost_in_one_line, say
+from train.rollback import way_back
 from train.rundir import RunDir, environment
 from train.start import build_model
-from train.supply import supply
+from train.supply import reading, supply
 from train.watchdog import RESTORE, Watchdog
-
-UNIGRAM_TOKENS = 2**20  # of training text that the unigram model counts
 
 
 class Interrupted(Exception):
@@ -78,11 +78,8 @@ class Run:
         }
         if config.model.get("init_from") and not checkpoint.steps(rundir.checkpoints):
             load_pretrained(model, Path(config.model["init_from"]))
-        optimizer = instantiate(config.optim, "optim")
-        groups = decay_groups(model, optimizer.weight_decay)
-        self.engine = Engine(
-            config, model, self.objective, optimizer(groups, config.engine.offload_optimizer), world
-        )
+        rule = instantiate(config.optim, "optim")
+        self.engine = Engine(config, model, self.objective, rule, parameter_groups(model, rule), world)
         self.saver = checkpoint.Saver(self.engine, rundir.checkpoints, config.checkpoint)
         self.layout = {"world_size": world.size, "zero_stage": config.engine.zero_stage}
         self.held_out = pack(self.validation, config.packing.method, self.collate, training=False)
@@ -97,7 +94,7 @@ class Run:
         peak = hardware.peak_flops(config.engine.precision)
         self.peak_flops = None if peak is None else world.sum(peak)[0]
         self.meter = Meter(self.loader)
-        self.log: Log | None = None  # rank 0 opens it when training starts
+        self.journal = Journal(self._spent)
         self.passed_over: list[int] = []  # positions in the order of the data that are left out, sorted
         self.monitor = Monitor(config.divergence)
         self.event: Event | None = None  # what the monitor says of the step that is being made
@@ -120,18 +117,18 @@ class Run:
         try:
             if first and self._evaluation_due():  # the run had ended before it was made
                 self._evaluate()
-                self._advance()
+                self.journal.advance(self.done)
             while self.done < self.total_steps:
                 self._step(self.done)
                 self._look_around()
         except Interrupted:
             reason = next(filter(None, self.world.gather(stop.requested)))
             told = self._save_now()
-            self._event(self.done, "interrupt", f"{reason} at step {self.done}", reason=reason)
+            self.journal.event(self.done, "interrupt", f"{reason} at step {self.done}", reason=reason)
             if self.saved != self.done:
                 raise Halted(f"{reason}: {told}") from None
             stop.saved()
-            self._say(f"{reason}: {told}; the same command goes on from there")
+            self.journal.say(f"{reason}: {told}; the same command goes on from there")
             return reason
         self._finish()
         return None
@@ -139,9 +136,9 @@ class Run:
     def _step(self, step: int) -> None:
         """The optimizer step after `step` of them, and what is due then."""
         config, total = self.config, self.total_steps
-        self._tell_stage(step)
+        self.journal.stages(config, step, self.passed_over)
         self.watchdog.mark(step, "data")
-        with _reading():
+        with reading():
             batches = self.loader.step(position(step, self.passed_over))
         self.watchdog.mark(step, "step")
         self.engine.set_learning_rate(self.schedule(step, total))
@@ -161,19 +158,7 @@ class Run:
                 self._begin_save()
             if self._evaluation_due():
                 self._evaluate()
-        self._advance()
-
-    def _spent(self, step: int) -> tuple[int, int]:
-        """Tokens in the first `step` steps, and the floating-point operations to train on them."""
-        tokens = operations = 0
-        end, stages = position(step, self.passed_over), self.supply.steps.stages
-        for stage, following in zip_longest(stages, stages[1:]):
-            until = min(end, following.step) if following else end
-            left_out = sum(stage.step <= place < until for place in self.passed_over)
-            spent = max(0, until - stage.step - left_out) * stage.global_batch * stage.sequence_length
-            tokens += spent
-            operations += spent * self.flops_per_token[stage.sequence_length]
-        return tokens, operations
+        self.journal.advance(self.done)
 
     def _look_around(self) -> None:
         """Between two steps: end the save that all ranks have written, and raise Interrupted on all of them
@@ -199,33 +184,36 @@ class Run:
         told = {k: v for k, v in dataclasses.asdict(event).items() if k not in ("name", "message")}
         if event.action in ("report", "skip"):
             message = f"{event.message}; its update is {'skipped' if event.action == 'skip' else 'made'}"
-            self._event(step + 1, event.name, message, **told)  # a checkpoint of `step` is from before it
-            self._say(message)
+            after = step + 1  # a checkpoint of `step` is from before it
+            self.journal.tell(after, event.name, message, **told)
             return False
         if event.action == "rollback":
             left_out = self._roll_back(step)
             if isinstance(left_out, list):
                 batches = f"{len(left_out)} batch{'es' * (len(left_out) > 1)} passed over"
                 message = f"{event.message}; rolled back to step {self.done}, {batches}"
-                self._event(self.done, event.name, message, positions=left_out, to_step=self.done, **told)
-                self._say(message)
+                told |= {"positions": left_out, "to_step": self.done}
+                self.journal.tell(self.done, event.name, message, **told)
                 return True
             event = dataclasses.replace(event, message=f"{event.message}; {left_out}")
             told["action"] = "stop"
         saved = self._save_now()
-        self._event(step, event.name, event.message, **told)
+        self.journal.event(step, event.name, event.message, **told)
         raise Halted(f"{event.message}; stopped before its update, {saved}")
 
     def _roll_back(self, step: int) -> list[int] | str:
         """Bring the run back to before the batches that led to `step`, which are passed over from now on.
 
-        Returns their positions; or why it cannot. The newer checkpoints go before that is written down, so
-        that a kill in between leaves a run that comes to `step` again and does the same.
+        Returns their positions; or why it cannot.
         """
         self._settle()
         self.watchdog.mark(step, RESTORE)
         self.monitor.rolled_back(step)
-        back, left_out, problem = self.world.broadcast(self._way_back(step) if self.world.rank == 0 else None)
+        found = None
+        if self.world.rank == 0:
+            pass_over, rollbacks = self.config.divergence.pass_over, self.monitor.rollbacks
+            found = way_back(self.rundir, step, pass_over, self.passed_over, rollbacks, self.journal.say)
+        back, left_out, problem = self.world.broadcast(found)
         if problem:
             self.saved = min(back, self.done - 1)  # even if there is one of this step: it may be damaged
             return problem
@@ -234,29 +222,14 @@ class Run:
         self._check_horizon()
         self._load(back)
         self.done = back
-        if self.log:
-            self.log.rewind(back)
+        self.journal.rewind(back)
         return left_out
 
-    def _way_back(self, step: int) -> tuple[int, list[int], str | None]:
-        """On rank 0: the newest checkpoint that is then left, to go back to; the positions to pass over from
-        there, written down; and why it cannot be."""
-        directory, pass_over = self.rundir.checkpoints, self.config.divergence.pass_over
-        left_out: list[int] = []
-        problem: str | None = "there is no checkpoint before it to roll back to"
-        for target in rollback_targets(checkpoint.steps(directory), step, pass_over):
-            path = checkpoint.path_of(directory, target)
-            if damage := checkpoint.damage(path):
-                self._say(f"{path}: {damage}; passed over")
-                continue
-            left_out, problem = offending(step, target, pass_over, self.passed_over), None
-            try:
-                checkpoint.remove_after(directory, target)
-                self.rundir.write_passed_over(sorted({*self.passed_over, *left_out}), self.monitor.rollbacks)
-            except OSError as error:
-                problem = f"it cannot be rolled back: {error}"
-            break
-        return max(checkpoint.steps(directory), default=0), left_out, problem
+    def _spent(self, step: int) -> tuple[int, int]:
+        """Tokens in the first `step` steps, and the floating-point operations to train on them."""
+        tokens = self.supply.tokens(step, self.passed_over)
+        operations = sum(count * self.flops_per_token[length] for length, count in tokens.items())
+        return sum(tokens.values()), operations
 
     def _state(self, done: int) -> dict[str, Any]:
         """What a checkpoint keeps of the loop."""
@@ -299,13 +272,13 @@ class Run:
     def _load(self, step: int) -> int:
         path = checkpoint.path_of(self.rundir.checkpoints, step)
         state = checkpoint.read_state(path)
-        if state["layout"] == self.layout:
+        if state["layout"] == self.layout and self.engine.loads_own_layout:
             self.engine.load(path)
         else:
             redistribute(self.engine, path, state["layout"]["zero_stage"])
         self.loaded_layout = state["layout"]
         self.passed_over = sorted({*self.passed_over, *state["passed_over"]})
-        if self._begins_on_other_text(step):
+        if begins_on_other_text(self.rundir, step):
             self.monitor = Monitor(self.config.divergence, self.monitor.rollbacks)
             self.meter.read()
             if isinstance(self.packing, StreamPacking):  # its text begins here
@@ -326,16 +299,6 @@ class Run:
             self.supply.check_horizon(len(self.passed_over))
         except ValueError as error:
             raise Halted(str(error)) from None
-
-    def _begins_on_other_text(self, step: int) -> bool:
-        """Whether a fork begins here on data whose losses are not to be compared with its parent's."""
-        lineage = self.rundir.lineage()
-        other = ("data", "objective", "packing", "mixture", "curriculum")
-        return (
-            lineage is not None
-            and lineage["parent_step"] == step
-            and any(key.split(".")[0] in other for key in lineage["changed"])
-        )
 
     def _begin_save(self) -> None:
         self.watchdog.mark(self.done, "save")
@@ -361,31 +324,24 @@ class Run:
         saved = self.saver.settle()
         if saved.error is None:
             self.saved = saved.step
-            if self.log:
-                self.log.sync()
+            self.journal.sync()
             timed = {"stall_s": saved.stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
-            self._write("checkpoint", saved.step, **timed)
+            self.journal.write("checkpoint", saved.step, **timed)
             return
         message = f"no checkpoint of step {saved.step} ({saved.error}); the one before stays, the run goes on"
-        self._event(saved.step, "checkpoint_failed", message, error=saved.error)
-        self._say(message)
+        self.journal.tell(saved.step, "checkpoint_failed", message, error=saved.error)
 
     def _evaluation_due(self) -> bool:
         """Whether there is to be an evaluation after the steps done, and has not been one."""
         if not _due(self.done, self.config.evaluation.every, self.total_steps):
             return False
-        return not self.world.broadcast(self.log is not None and self.log.has("eval", self.done))
-
-    def _advance(self) -> None:
-        if self.log:
-            self.log.advance(self.done)
+        return not self.world.broadcast(self.journal.has("eval", self.done))
 
     def _open_log(self, first: int, notes: list[str]) -> None:
         """On rank 0: the log, and the record of what this start of the run is."""
-        self.started = time.perf_counter()
         if self.world.rank != 0:
             return
-        self.log = Log(self.config, self.rundir, first, self.total_steps)
+        self.journal.open(self.config, self.rundir, first, self.total_steps)
         shutil.copytree(self.rundir.prepared() / "tokenizer", self.rundir.tokenizer, dirs_exist_ok=True)
         found = environment(self.world.size) | {
             "device": hardware.device_name(),
@@ -394,90 +350,20 @@ class Run:
         }
         derived = deepspeed_config.derive(self.config, self.world.size)
         self.rundir.record(derived, dataclasses.asdict(self.counts), found)
-        if not self.log.has("baseline", 0):
-            self._look_ahead()
-        parameters = self.counts.parameters
-        self.log.say(
-            f"{self.config.directory}: {parameters / 1e6:,.1f} M parameters,"
-            f" {self._training_tokens()}, {self.total_steps:,} steps of"
-            f" {self._tokens_a_step()} tokens, {self.world.size} rank(s),"
-            f" ZeRO-{self.config.engine.zero_stage}, {self.config.engine.precision}"
-        )
+        if not self.journal.has("baseline", 0):
+            plan = self.config, self.supply, self.objective
+            look_ahead(self.journal, *plan, self.held_out, self.manifest, self.shape["micro_batch"])
+        sizes = self.counts.parameters, self.world.size
+        self.journal.say(outline(self.config, self.supply, self.manifest, *sizes))
         for note in notes:
-            self._event(first, "passed_over_checkpoint", note)
-            self.log.say(note)
-        self._tell_beginning(first, found["commit"])
-
-    def _tell_beginning(self, first: int, commit: str | None) -> None:
-        """The event that says how this start of the run begins."""
-        assert self.log is not None
-        lineage = self.rundir.lineage()
-        if lineage and not self.log.has_event("fork"):
-            changed = ", ".join(lineage["changed"]) or "nothing"
-            message = f"forked from {lineage['parent']} at step {first}: changed {changed}"
-            self._event(first, "fork", message, **lineage)
-            self.log.say(message)
-        elif first < self.total_steps or not self.log.has_event("finish", first):
-            event = "resume" if first else "start"
-            self._event(first, event, f"{event} at step {first} of {self.total_steps}, commit {commit}")
-            if first:
-                self.log.say(f"going on from step {first}")
-        elif first == self.total_steps:
-            self.log.say(f"step {first} was the last, and all is done")
-        if first > self.total_steps:
-            self.log.say(f"step {first} is beyond the horizon of {self.total_steps} steps: nothing to do")
+            self.journal.tell(first, "passed_over_checkpoint", note)
+        self.journal.begin(first, self.total_steps, self.rundir.lineage(), found["commit"])
         if 0 < first < self.total_steps and self.loaded_layout != self.layout:
             before, now = (
                 f"{layout['world_size']} rank(s), ZeRO-{layout['zero_stage']}"
                 for layout in (self.loaded_layout, self.layout)
             )
-            message = f"the checkpoint of {before} is dealt out to {now}"
-            self._event(first, "converted", message)
-            self.log.say(message)
-
-    def _tokens_a_step(self) -> str:
-        sizes = {s.global_batch * s.sequence_length for s in self.supply.steps.stages}
-        return " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
-
-    def _tell_stage(self, step: int) -> None:
-        """Say where the curriculum or the mixture changes with the step that is made next."""
-        if not step:
-            return
-        before, place = (position(s, self.passed_over) for s in (step - 1, step))
-        for what, stages in (("curriculum", self.config.curriculum), ("mixture", self.config.mixture.stages)):
-            for begins in (begins for begins in stages or {} if before < begins <= place):
-                message = f"{what} from step {step} on: {stages[begins]}"  # type: ignore[index]
-                self._event(step + 1, what, message)
-                self._say(message)
-
-    def _training_tokens(self) -> str:
-        splits = self.manifest["splits"]
-        return f"{splits['train']['tokens']:,} training tokens" if "train" in splits else "a stream of text"
-
-    def _look_ahead(self) -> None:
-        """Log what the first samples say: how well positions are used, what a unigram model would lose."""
-        assert self.log is not None
-        with _reading():
-            samples = self.supply.first_samples(1 + UNIGRAM_TOKENS // self.config.sequence_length)
-        size, count = self.shape["micro_batch"], len(samples)
-        training = [self.collate(samples[first : first + size]) for first in range(0, count, size)]
-        used, positions = map(sum, zip(*map(self.objective.used, training), strict=True))
-        line = f"packing.{self.config.packing.method}: {used / positions:.2%} of the positions used"
-        usage: dict[str, int] = {}
-        if not isinstance(self.packing, StreamPacking):
-            usage = dataclasses.asdict(self.packing.usage())
-            line += (
-                f" (of {count:,} samples), {usage['cut_documents']:,} of"
-                f" {self.manifest['splits']['train']['documents']:,} documents cut,"
-                f" {usage['dropped_tokens']:,} tokens dropped"
-            )
-        self._write("packing", 0, used_share=used / positions, **usage)
-        self.log.say(line)
-        held_out = evaluation_batches(self.held_out, self.collate, micro_batch=size, rank=0, world_size=1)
-        loss = unigram_loss(training, held_out, self.manifest["vocabulary_size"])
-        baselines = self.manifest["splits"]["validation"]
-        compressed = {k: baselines[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
-        self._write("baseline", 0, unigram_loss=loss, **compressed)
+            self.journal.tell(first, "converted", f"the checkpoint of {before} is dealt out to {now}")
 
     def _log_train(self, step: int, gradient_norm: float, meter: Meter) -> None:
         window = meter.read()
@@ -485,13 +371,11 @@ class Run:
         loss_sum, memory, *sums = self.world.sum(
             window.loss_sum, hardware.memory_bytes(), *(window.metrics[name] for name in names)
         )
-        if not self.log:
-            return
         tokens_per_s = window.tokens / window.seconds
         flops_per_s = window.flops / window.seconds
         metrics = dict(zip(names, sums, strict=True))
         loss = (loss_sum - metrics.get(AUXILIARY, 0.0)) / window.count if window.count else math.nan
-        self._write(
+        self.journal.write(
             "train",
             step,
             loss=loss,
@@ -507,31 +391,32 @@ class Run:
             **metrics,
         )
         left = (self.total_steps - step) * window.seconds / window.steps
-        self.log.show_train(step, self.total_steps, loss, tokens_per_s, left)
+        self.journal.show_train(step, self.total_steps, loss, tokens_per_s, left)
 
     def _evaluate(self) -> None:
         """Raises Interrupted between two batches."""
         step = self.done
         batches = evaluation_batches(self.held_out, self.collate, **self.shape)
         whole = (self.validation.bytes, self.objective.predicts_text)
-        result = evaluate(self.engine.evaluate, self.world.sum, self._interruptible(step, batches), *whole)
         sample = None
-        if self.config.evaluation.prompt is not None:
-            self.watchdog.mark(step, "sample")
-            sample = self._sample()
+        with self.engine.averaged():
+            batches = self._interruptible(step, batches)
+            result = evaluate(self.engine.evaluate, self.world.sum, batches, *whole)
+            if self.config.evaluation.prompt is not None:
+                self.watchdog.mark(step, "sample")
+                sample = self._sample()
         values = dataclasses.asdict(result)
-        self._write("eval", step, **values.pop("metrics"), **values)
-        if self.log:
-            bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
-            self.log.say(
-                f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}"
-            )
+        self.journal.write("eval", step, **values.pop("metrics"), **values)
+        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+        self.journal.say(
+            f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}"
+        )
         if sample is not None:
-            self._write("sample", step, prompt=self.config.evaluation.prompt, text=sample)
+            self.journal.write("sample", step, prompt=self.config.evaluation.prompt, text=sample)
 
     def _interruptible(self, step: int, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
-            with _reading():
+            with reading():
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -556,48 +441,14 @@ class Run:
         told = self._save_now()  # once more, where the last one failed
         if self.saved != self.done:
             raise Halted(told)
-        if not self.log:
-            return
-        if self.done == self.total_steps and not self.log.has_event("finish", self.done):
-            self._event(self.done, "finish", f"finished {self.done} steps")
-        self.log.summary()
+        self.journal.finish(self.done, self.total_steps)
 
     def close(self, failed: bool) -> None:
         """Stop the threads and end the log."""
         self.watchdog.close()
         self.saver.close()
         self.loader.close()
-        if self.log:
-            self.log.close(failed)
-
-    def _event(self, step: int, name: str, message: str, **values: Any) -> None:
-        self._write("event", step, event=name, message=message, **values)
-
-    def _say(self, line: str) -> None:
-        if self.log:
-            self.log.say(line)
-
-    def _write(self, kind: str, step: int, **values: Any) -> None:
-        if not self.log:
-            return
-        tokens, operations = self._spent(step)
-        self.log.write(
-            kind,
-            step,
-            tokens=tokens,
-            flops=operations,
-            elapsed_s=self.log.elapsed_before + time.perf_counter() - self.started,
-            **values,
-        )
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """A block that reads data: what is wrong with it is no bug of ours, and gets one line."""
-    try:
-        yield
-    except ValueError as error:
-        raise OSError(str(error)) from error
+        self.journal.close(failed)
 
 
 def _due(done: int, every: int | None, total: int) -> bool:

@@ -18,7 +18,7 @@ from train.eval.sample import encoded_prompt
 from train.fork import check_fork, fork_config, fork_step, take_checkpoint
 from train.pretrained import check_pretrained
 from train.rundir import RunDir
-from train.supply import supply
+from train.supply import check_reached, supply
 
 
 def begin(config: RunConfig, world_size: int) -> RunDir:
@@ -31,7 +31,8 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
     """
     check_world(config, world_size)
     check_device(config)
-    objective, *_ = (instantiate(getattr(config, key), key) for key in ("objective", "optim", "schedule"))
+    keys = ("objective", "optim", "schedule")
+    objective, _, schedule = (instantiate(getattr(config, key), key) for key in keys)
     with torch.device("meta"):  # what is wrong with any vocabulary shows before data is made
         objective.check_model(build_model(config, vocabulary_size=1))
     rundir = RunDir(config.directory)
@@ -41,6 +42,8 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
         step = fork_step(config, rundir)
         prepared = prepare(OmegaConf.create(config.data), OmegaConf.create(config.tokenizer))
         planned = supply(config, objective, prepared)
+        if not rundir.config.exists():  # of a run that has begun, the horizon may be drawn in
+            check_reached(config, objective, schedule, planned.total_steps)
         inputs = objective.inputs(prepared)
         with torch.device("meta"):
             model = build_model(config, read_manifest(prepared)["vocabulary_size"])

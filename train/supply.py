@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,10 @@ from data.shards import Part, read_manifest
 from data.stream import StreamPacking
 from data.tokenizer import load_tokenizer
 from train.config import MixtureConfig, RunConfig, steps, total_steps
+from train.divergence import position
 from train.objective.base import Objective
+from train.objective.knowledge import KnowledgeMaskedLM
+from train.optim.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,54 @@ class Supply:
             found += [packing.sample(int(i)) for i in self.order.step(step)]
         raise AssertionError("steps have no end")
 
+    def tokens(self, step: int, passed_over: Sequence[int]) -> Counter[int]:
+        """Tokens in the first `step` steps of a run, by the length of the sequences that they are in.
+
+        passed_over: positions in the order that are left out, sorted.
+        """
+        found: Counter[int] = Counter()
+        end, stages = position(step, passed_over), self.steps.stages
+        for stage, following in zip_longest(stages, stages[1:]):
+            until = min(end, following.step) if following else end
+            left_out = sum(stage.step <= place < until for place in passed_over)
+            made = max(0, until - stage.step - left_out)
+            found[stage.sequence_length] += made * stage.global_batch * stage.sequence_length
+        return found
+
     def shares(self, place: int) -> dict[str, float]:
         """The share of each part of a mixture in the samples before a place of the order."""
         if not isinstance(self.order, Mixture) or not place:
             return {}
         counts = self.order.counts(place)
         return {f"share/{part}": n / counts.sum() for part, n in zip(self.order.parts, counts, strict=True)}
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """A block that reads data: what is wrong with it is no bug of ours, and gets one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(str(error)) from error
+
+
+def check_reached(config: RunConfig, objective: Any, schedule: Any, total_steps: int) -> None:
+    """Raises ValueError where a stage is never reached, or the warm-up never ends."""
+    begins = {f"curriculum.{step}": step for step in config.curriculum or {}}
+    begins |= {f"mixture.stages.{step}": step for step in config.mixture.stages or {}}
+    if isinstance(objective, KnowledgeMaskedLM):
+        begins |= {f"objective.stages.{level}": step for level, step in objective.stages.items()}
+    for key, step in begins.items():
+        if step >= total_steps:
+            raise ValueError(
+                f"{key}: begins at step {step:,}, and the horizon is {total_steps:,} steps; give an earlier"
+                " step, or a longer horizon"
+            )
+    if isinstance(schedule, Schedule) and schedule.warmup > total_steps:
+        raise ValueError(
+            f"schedule.warmup: {schedule.warmup:,} steps, and the horizon is {total_steps:,}; give fewer, or"
+            " below 1 a share of them"
+        )
 
 
 def supply(config: RunConfig, objective: Any, prepared: Path) -> Supply:
@@ -110,8 +158,9 @@ def _stream(
     config: RunConfig, objective: Objective, prepared: Path, collate: Collate
 ) -> tuple[StreamPacking, Sequential]:
     """Text that is tokenized as it is read. Raises ValueError on what needs to know all of it before."""
+    if config.horizon.epochs is not None:
+        raise ValueError("horizon.epochs: a stream has no end; set horizon.steps, and horizon.epochs to null")
     for key, unlike in (
-        ("horizon.epochs", config.horizon.epochs is not None),
         ("packing.method", config.packing.method != "chunk"),
         ("packing.block", config.packing.block is not None),
         ("mixture", config.mixture != MixtureConfig()),

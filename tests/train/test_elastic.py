@@ -95,13 +95,13 @@ def make_engine(precision: str, stage: int, micro_batch: int | None) -> tuple[An
     from train.engine import Engine, start_world
     from train.objective.causal import Causal
     from train.optim.adamw import AdamW
-    from train.optim.groups import decay_groups
+    from train.optim.groups import parameter_groups
 
     config = make_config(BATCH, micro_batch, precision=precision, zero_stage=stage)
     torch.manual_seed(0)
     model = GPT(vocabulary_size=VOCABULARY + 1, sequence_length=16, layers=1, width=33, heads=3)
-    optimizer = AdamW(learning_rate=3e-3)(decay_groups(model, 0.1), offload=False)
-    return Engine(config, model, Causal(), optimizer, start_world()), config
+    rule = AdamW(learning_rate=3e-3)
+    return Engine(config, model, Causal(), rule, parameter_groups(model, rule), start_world()), config
 
 
 def train(engine: Any, config: Any, steps: range) -> list[float]:

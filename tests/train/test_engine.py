@@ -31,15 +31,15 @@ def make_engine(config: RunConfig, dropout: float = 0.0) -> Any:
     from train.engine import Engine, start_world
     from train.objective.causal import Causal
     from train.optim.adamw import AdamW
-    from train.optim.groups import decay_groups
+    from train.optim.groups import parameter_groups
 
     world = start_world()
     torch.manual_seed(0)
     model = GPT(
         vocabulary_size=VOCABULARY, sequence_length=LENGTH, layers=2, width=32, heads=4, dropout=dropout
     )
-    optimizer = AdamW(learning_rate=3e-3)(decay_groups(model, 0.1), offload=False)
-    return Engine(config, model, Causal(), optimizer, world)
+    rule = AdamW(learning_rate=3e-3)
+    return Engine(config, model, Causal(), rule, parameter_groups(model, rule), world)
 
 
 def make_batches(config: RunConfig, step: int, rank: int, size: int) -> list[dict[str, torch.Tensor]]:
@@ -79,15 +79,15 @@ def states(folder: str) -> list[dict[str, Any]]:
     from train.engine import Engine, start_world
     from train.objective.causal import Causal
     from train.optim.adamw import AdamW
-    from train.optim.groups import decay_groups
+    from train.optim.groups import parameter_groups
 
     results = []
     for stage in range(4):
         config, world = make_config(zero_stage=stage), start_world()
         model = GPT(vocabulary_size=VOCABULARY, sequence_length=LENGTH, layers=2, width=256, heads=4)
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        optimizer = AdamW(learning_rate=3e-3)(decay_groups(model, 0.1), offload=False)
-        engine = Engine(config, model, Causal(), optimizer, world)
+        rule = AdamW(learning_rate=3e-3)
+        engine = Engine(config, model, Causal(), rule, parameter_groups(model, rule), world)
         engine.train_step(0, make_batches(config, 0, world.rank, world.size))
         _, weights = engine.snapshot(aside=True)
         saved = None if weights is None else {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -150,11 +150,12 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_fp32_engine_equals_a_plain_pytorch_loop(worlds: Any) -> None:
     from model.gpt import GPT
-    from train.optim.groups import decay_groups
+    from train.optim.adamw import AdamW
+    from train.optim.groups import parameter_groups
 
     torch.manual_seed(0)
     model = GPT(vocabulary_size=VOCABULARY, sequence_length=LENGTH, layers=2, width=32, heads=4)
-    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=3e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model, AdamW(3e-3)), lr=3e-3, betas=(0.9, 0.95))
     losses, norms = [], []
     for step in range(50):
         (batch,) = make_batches(make_config(), step, 0, 1)

@@ -9,7 +9,8 @@ import torch
 
 from tests.distributed import run_ranks
 from train.config import EngineConfig, Horizon, RunConfig
-from train.optim.groups import decay_groups
+from train.optim.adamw import AdamW
+from train.optim.groups import parameter_groups
 
 STAGES, STEPS, LENGTH, SAMPLES = (0, 1, 3), 3, 16, 4
 
@@ -57,7 +58,6 @@ def make_batch(family: str, rank: int, size: int) -> dict[str, torch.Tensor]:
 def losses(family: str) -> dict[str, list[float]]:
     """The mean loss of each step, under each stage, without and with recomputed activations."""
     from train.engine import Engine, start_world
-    from train.optim.adamw import AdamW
 
     world = start_world()
     results: dict[str, list[float]] = {}
@@ -73,8 +73,9 @@ def losses(family: str) -> dict[str, list[float]]:
                 engine=engine_config,
             )
             model = make_model(family)
-            optimizer = AdamW(learning_rate=1e-2)(decay_groups(model, 0.1), offload=False)
-            engine, results[f"{stage} {again}"] = Engine(config, model, Fit(), optimizer, world), []
+            rule = AdamW(learning_rate=1e-2)
+            engine = Engine(config, model, Fit(), rule, parameter_groups(model, rule), world)
+            results[f"{stage} {again}"] = []
             for step in range(STEPS):
                 engine.set_learning_rate(1.0)
                 result = engine.train_step(step, [make_batch(family, world.rank, world.size)])
@@ -86,7 +87,7 @@ def losses(family: str) -> dict[str, list[float]]:
 @pytest.mark.parametrize("family", ["encoder", "encoder-decoder"])
 def test_losses_depend_on_neither_stage_nor_ranks(family: str) -> None:
     model, batch = make_model(family), make_batch(family, 0, 1)
-    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(model, AdamW(1e-2)), lr=1e-2, betas=(0.9, 0.95))
     expected = []
     for _ in range(STEPS):
         loss = model(**batch) / (batch["labels_BT"] != -100).sum()

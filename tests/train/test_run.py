@@ -31,6 +31,7 @@ from train.rundir import RunDir
 from train.start import build_model
 
 SMALL = ["model.layers=1", "model.width=32", "model.heads=2"]
+STAGED = "objective.stages={word:0,phrase:2,entity:4}"
 PAIRS = ["objective=masked-next-sentence", "model.pair_head=true", "model.dropout=0.1"]
 
 CASES = [
@@ -45,9 +46,16 @@ CASES = [
     ),
     ("zero2-offload", ["engine.offload_optimizer=true"]),
     *[(family, [f"experiment={family}", *SMALL]) for family in ("bert-tiny", "t5-tiny", "llama-tiny")],
-    ("ernie-tiny", ["experiment=ernie-tiny", *SMALL, "objective.stages={word:0,phrase:2,entity:4}"]),
-    ("chinese", ["experiment=ernie-tiny", *SMALL, "objective=knowledge-chinese"]),
+    ("ernie-tiny", ["experiment=ernie-tiny", *SMALL, STAGED]),
+    ("chinese", ["experiment=ernie-tiny", *SMALL, "objective=knowledge-chinese", STAGED]),
     ("zero3-pairs", ["experiment=bert-tiny", *SMALL, "engine=zero3", *PAIRS]),
+    ("zero2-muon", ["engine=zero2", "optim=muon", "model.width=33", "model.heads=3"]),
+    ("zero3-soap", ["engine=zero3", "optim=soap"]),
+    ("zero0-shampoo", ["engine=zero0", "optim=shampoo", *SMALL]),
+    ("zero3-adafactor", ["engine=zero3", "optim=adafactor", *SMALL]),
+    *[(f"zero{s}-schedule-free", [f"engine=zero{s}", "optim=schedule-free", *SMALL]) for s in (0, 2, 3)],
+    ("zero1-adabound", ["engine=zero1", "optim=adabound", *SMALL]),
+    ("zero2-nadam", ["engine=zero2", "optim=nadam", *SMALL]),
     ("zero1-compiled", ["engine=zero1", "engine.compile=true", "evaluation.prompt=item"]),
     ("epochs", ["experiment=bert-tiny", *SMALL, "sequence_length=512", "global_batch=16"]),
     *[(f"zero{stage}-fp16", [f"engine=zero{stage}", "engine.precision=fp16", *SMALL]) for stage in range(4)],

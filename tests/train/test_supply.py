@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from tests.distributed import run_ranks
 from tests.tiny import begun, config, corpus
 from tests.train.test_run import train_all
 from train.checkpoint import path_of, read_state, remove_after
+from train.config import load
 from train.objective.causal import Causal
 from train.objective.masked import MaskedLM
 from train.records import read_metrics
@@ -164,10 +167,68 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, more: list[str], line: s
         begun(tmp_path, "refused", 2, *parts(tmp_path), *more)
 
 
+KNOWLEDGE = [
+    *("experiment=ernie-tiny", "objective.phrases=null"),
+    *("objective.entities._target_=data.units.Lexicon", "+objective.entities.path={0}/lexicon.txt"),
+]
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        (["horizon.epochs=1", "horizon.steps=null"], "horizon.epochs: needs data that is prepared"),
+        (
+            ["curriculum={0:{sequence_length:16},6:{sequence_length:32}}"],
+            "curriculum.6: begins at step 6, and the horizon is 6 steps; give an earlier step, or a longer",
+        ),
+        (
+            ["mixture.stages={1:{a:1,b:0},2000:{a:0,b:1}}", "horizon.steps=null", "horizon.tokens=1000"],
+            "mixture.stages.2000: begins at step 2,000, and the horizon is 4 steps",
+        ),
+        (
+            ["curriculum={900:{global_batch:16}}", "horizon.steps=null", "horizon.epochs=0.1"],
+            "curriculum.900: begins at step 900, and the horizon is ",
+        ),
+        (
+            [*KNOWLEDGE, "objective.stages={word:0,phrase:null,entity:7}"],
+            "objective.stages.entity: begins at step 7, and the horizon is 6 steps",
+        ),
+        (
+            ["schedule.warmup=7"],
+            "schedule.warmup: 7 steps, and the horizon is 6; give fewer, or below 1 a share of them",
+        ),
+    ],
+)
+def test_what_lies_beyond_the_horizon_is_refused(tmp_path: Path, more: list[str], line: str) -> None:
+    (tmp_path / "lexicon.txt").write_text("item\n")
+    own = [*parts(tmp_path), *(one.replace("{0}", str(tmp_path)) for one in more)]
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}") as caught:
+        begun(tmp_path, "refused", 2, *own)
+    assert "\n" not in str(caught.value) and not (tmp_path / "runs" / "refused").exists()
+
+
+def test_a_horizon_may_be_drawn_in_before_a_stage_and_into_the_warm_up(tmp_path: Path) -> None:
+    own = [*parts(tmp_path), *MIXED, *GROWING, "schedule.warmup=6"]
+    directory = begun(tmp_path, "drawn-in", 2, *own)
+    assert begun(tmp_path, "drawn-in", 2, *own, "horizon.steps=3") == directory
+    assert load(directory / "config.yaml").horizon.steps == 3
+    begun(tmp_path, "share", 2, *parts(tmp_path), "schedule.warmup=0.9", "horizon.steps=1")
+
+
+def test_what_was_spent_leaves_out_what_was_passed_over(tmp_path: Path) -> None:
+    rundir = RunDir(begun(tmp_path, "spent", 2, *GROWING))
+    plan = supply(load(rundir.config), Causal(), rundir.prepared())
+    lengths = [8, 8, 16, 16, 32, 32, 32, 32]  # of 16 sequences a step
+    for passed_over in ([], [1], [0, 2, 3]):
+        order = [length for place, length in enumerate(lengths) if place not in passed_over]
+        for step in range(5):
+            expected = Counter({length: 16 * length * order[:step].count(length) for length in (8, 16, 32)})
+            assert plan.tokens(step, passed_over) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["horizon.epochs=1", "horizon.steps=null"], "horizon.epochs: a stream has no end"),
         (["packing.method=best_fit"], "packing.method: needs data that is prepared"),
         (["data.shards=100"], "data.shards: 100 are more than the 60 documents"),
         (

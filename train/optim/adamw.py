@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from train.optim.base import Groups, Rule, not_negative, shares
 
-class AdamW:
+
+class AdamW(Rule):
     """Settings of AdamW; called with parameter groups it builds the optimizer.
 
     Args:
@@ -24,23 +24,14 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        if not learning_rate > 0:
-            raise ValueError(f"optim.learning_rate: {learning_rate} is not positive; give a number above 0")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"optim.betas: {list(betas)} are not two numbers from 0 to below 1; give two")
-        for key, value in (("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"optim.{key}: {value} is negative; give 0 or more")
-        self.learning_rate = float(learning_rate)
-        self.betas = (float(betas[0]), float(betas[1]))
-        self.eps = float(eps)
-        self.weight_decay = float(weight_decay)
+        super().__init__(learning_rate, weight_decay)
+        self.betas = shares("betas", betas)
+        self.eps = not_negative("eps", eps)
 
-    def __call__(self, groups: list[dict[str, Any]], offload: bool) -> torch.optim.Optimizer:
+    def __call__(self, groups: Groups, offload: bool) -> torch.optim.Optimizer:
         """The optimizer over `groups`; with `offload` on a GPU machine, DeepSpeed's vectorized CPU one."""
-        settings: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "eps": self.eps}
         if offload and torch.cuda.is_available():
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        return torch.optim.AdamW(groups, fused=True, **settings)
+            return DeepSpeedCPUAdam(self.own(groups), betas=self.betas, eps=self.eps, adamw_mode=True)
+        return torch.optim.AdamW(self.own(groups), betas=self.betas, eps=self.eps, fused=True)

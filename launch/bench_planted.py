@@ -12,7 +12,7 @@ import numpy as np
 from data.corpus.grams import grams, hashes
 
 NEAR = 5  # words in a run, as in data.corpus.dedup.Near
-UNLIKE = 0.5  # share of runs in common below which two documents are no near-duplicates; MinHash aims at 0.72
+UNLIKE = 0.5  # share of runs in common below which two documents are no near-duplicates; MinHash aims at 0.67
 SAMPLED = 16  # one in so many runs is looked at to find which documents are alike
 KINDS = {
     "1 % of words": 0.01,

@@ -32,7 +32,7 @@ from model.t5 import T5
 from train.checkpoint import load_weights
 from train.config import load
 from train.rundir import RunDir
-from train.start import build_model
+from train.start import build_model, parametrization_of
 
 FORMATS = ("hf",)
 
@@ -76,6 +76,10 @@ def export(request: Request) -> tuple[Path, int]:
     if not (rundir.tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"{rundir.tokenizer}: holds no tokenizer; the run has not started training")
     tokenizer = load_tokenizer(rundir.tokenizer)
+    if parametrization_of(config).base:
+        raise ValueError(
+            f"parametrization: {rundir.path} has multipliers of its own, for which transformers has no equal"
+        )
     model = build_model(config, vocabulary_size(tokenizer))
     content = hf_config(model, **token_ids(model, tokenizer))  # refuses a model before its weights are read
     asked = step_of(request.checkpoint)

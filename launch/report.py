@@ -38,6 +38,7 @@ NUMBERS = {
         "data_wait_share",
     ),
     "eval": ("loss", "perplexity", "bits_per_byte"),
+    "noise": ("scale",),
 }
 SHARE = "share/"  # begins the keys of a train record that hold a part's share of the samples so far
 
@@ -134,6 +135,7 @@ def chart_data(runs: list[RunRecord]) -> list[dict[str, Any]]:
             "label": run.label,
             "train": run.columns("train"),
             "eval": run.columns("eval"),
+            "noise": run.columns("noise"),
             "shares": run.shares(),
             "baseline": _last(run, "baseline"),
             "marks": marks(run.kind("event"), X_AXES),
@@ -157,6 +159,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
         "unigram_loss": baseline.get("unigram_loss"),
         "gzip_bits_per_byte": baseline.get("gzip_bits_per_byte"),
         "xz_bits_per_byte": baseline.get("xz_bits_per_byte"),
+        "noise_scale": _last(run, "noise").get("scale"),
         "training_loss": train[-1].get("loss") if train else None,
         "tokens": max(record["tokens"] for record in trained),
         "flops": max(record["flops"] for record in trained),

@@ -118,7 +118,7 @@ def _number(format: str) -> Callable[[float | None], str]:
 def _summary_table(labels: list[str], summaries: list[dict[str, Any]], runs: Sequence[RunRecord]) -> str:
     columns = [_facts(figures, run) for figures, run in zip(summaries, runs, strict=True)]
     rows = {name: [column[name] for column in columns] for name in columns[0]}
-    for name in ("Lineage", "Divergence"):
+    for name in ("Lineage", "Divergence", "Gradient noise scale (tokens)"):
         if set(rows[name]) == {NONE}:
             del rows[name]
     return _table(labels, rows)
@@ -144,6 +144,7 @@ def _facts(figures: dict[str, Any], run: RunRecord) -> dict[str, str]:
         "gzip -9, bits per byte": _number(".3f")(figures["gzip_bits_per_byte"]),
         "xz -9, bits per byte": _number(".3f")(figures["xz_bits_per_byte"]),
         "Training loss, last logged": _number(".4f")(figures["training_loss"]),
+        "Gradient noise scale (tokens)": count(figures["noise_scale"]),
         "Parameters": count(model.get("parameters")),
         "Parameters without embeddings": count(model.get("parameters_without_embeddings")),
         "Tokens trained on": count(figures["tokens"]),

@@ -196,7 +196,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width or width // heads
-        self.causal, self.dropout, self.scale = causal, dropout, scale
+        self.causal, self.dropout = causal, dropout
+        self.scale = self.head_width**-0.5 if scale is None else scale
         self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head_width, bias)
         self.project = Linear(heads * self.head_width, width, bias, std=residual_std)
         self.query_norm = nn.RMSNorm(self.head_width, eps=norm_eps) if qk_norm else nn.Identity()

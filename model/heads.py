@@ -85,6 +85,7 @@ class LMHead(nn.Module):
     ) -> None:
         super().__init__()
         self.tied, self.std = weight is not None, std
+        self.multiplier = 1.0  # of the logits, but for the bias, for a parametrization to set
         self.weight = nn.Parameter(torch.empty(vocabulary_size, width)) if weight is None else weight
         self.register_parameter("bias", nn.Parameter(torch.empty(vocabulary_size)) if bias else None)
         self.reset_parameters()
@@ -97,6 +98,8 @@ class LMHead(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         """Logits [B, T, V]; or, with labels, the fp32 scalar sum of token losses in nats (-100: no loss)."""
+        if self.multiplier != 1.0:
+            hidden_BTD = hidden_BTD * self.multiplier
         if labels_BT is None:
             return F.linear(hidden_BTD, self.weight, self.bias)
         hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()

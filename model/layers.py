@@ -20,8 +20,16 @@ class Linear(nn.Linear):
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, std: float = INIT_STD) -> None:
-        self.std = std
+        self.std, self.multiplier = std, 1.0  # the second of what comes out, for a parametrization to set
         super().__init__(inputs, outputs, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.multiplier == 1.0 else y * self.multiplier
+
+    def spreads(self) -> list[tuple[int, float]]:
+        """(rows, standard deviation that their weights start with) of each part of the outputs, in order."""
+        return [(self.out_features, self.std)]
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)

@@ -43,6 +43,11 @@ class Shape:
         return self.heads * self.head_width
 
     @property
+    def scale(self) -> float:
+        """Of the scores."""
+        return self.head_width**-0.5 if self.scaled_attention else 1.0
+
+    @property
     def query_std(self) -> float:
         """Where scores are not divided by sqrt(K), queries start so much smaller, as T5 does."""
         return self.width**-0.5 if self.scaled_attention else (self.width * self.head_width) ** -0.5
@@ -54,11 +59,11 @@ class Shape:
         v_BSHK: Tensor,
         causal: bool,
         bias: Tensor | None,
+        scale: float,
         training: bool,
     ) -> Tensor:
-        """`model.attention.attend`, with the scale and dropout of these blocks."""
+        """`model.attention.attend`, with the dropout of these blocks."""
         dropout = self.dropout if training else 0.0
-        scale = self.head_width**-0.5 if self.scaled_attention else 1.0
         few = q_BTHK.shape[0] * self.heads * q_BTHK.shape[1] * k_BSHK.shape[1] <= CPU_SCORES
         plain = few and not causal and not dropout
         if plain and q_BTHK.device.type == "cpu" and q_BTHK.dtype == torch.bfloat16:
@@ -93,6 +98,9 @@ class JointLinear(Linear):
         self.queries, self.query_factor = shape.inner, shape.query_std * shape.width**0.5
         super().__init__(shape.width, 3 * shape.inner, shape.bias, std=shape.width**-0.5)
 
+    def spreads(self) -> list[tuple[int, float]]:
+        return [(self.queries, self.std * self.query_factor), (self.out_features - self.queries, self.std)]
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         with torch.no_grad():
@@ -105,6 +113,7 @@ class SelfAttention(nn.Module):
     def __init__(self, shape: Shape, causal: bool) -> None:
         super().__init__()
         self.shape, self.causal = shape, causal
+        self.head_width, self.scale = shape.head_width, shape.scale
         self.qkv = JointLinear(shape)
         self.project = Linear(shape.inner, shape.width, shape.bias, std=shape.inner**-0.5)
 
@@ -119,7 +128,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k_BTHK, v_BTHK = cache.append(k_BTHK, v_BTHK)
         causal = self.causal and bias is None
-        out_BTHK = self.shape.attend(q_BTHK, k_BTHK, v_BTHK, causal, bias, self.training)
+        out_BTHK = self.shape.attend(q_BTHK, k_BTHK, v_BTHK, causal, bias, self.scale, self.training)
         return self.project(out_BTHK.flatten(2))
 
 
@@ -128,7 +137,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.head_width, self.scale = shape, shape.head_width, shape.scale
         self.query = Linear(shape.width, shape.inner, shape.bias, std=shape.query_std)
         self.key_value = Linear(shape.width, 2 * shape.inner, shape.bias, std=shape.width**-0.5)
         self.project = Linear(shape.inner, shape.width, shape.bias, std=shape.inner**-0.5)
@@ -148,7 +157,7 @@ class CrossAttention(nn.Module):
             k_BSHK, v_BSHK = both_BSHK.chunk(2, dim=2)
         if cache is not None:
             cache.crossed = k_BSHK, v_BSHK
-        out_BTHK = self.shape.attend(q_BTHK, k_BSHK, v_BSHK, False, mask, self.training)
+        out_BTHK = self.shape.attend(q_BTHK, k_BSHK, v_BSHK, False, mask, self.scale, self.training)
         return self.project(out_BTHK.flatten(2))
 
 

@@ -16,9 +16,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Inside train a part imports only parts of earlier lines, never one of its own line.
 TRAIN = [
-    {"config", "files", "stop", "records"},
+    {"config", "files", "noise", "stop", "records"},
     {"deepspeed_config", "divergence", "hardware", "lock", "optim", "ranks", "track", "whole"},
-    {"rundir"},
+    {"rundir", "parametrization"},
     {"objective", "engine"},
     {"checkpoint", "elastic", "pretrained", "supply", "watchdog"},
     {"eval", "fork", "log", "rollback"},

@@ -27,8 +27,8 @@ ACTIONS = ("stop", "skip", "rollback")  # on divergence
 
 # What a resumed run may change: nothing that alters the parameters, the data or the arithmetic of a step.
 MAY_CHANGE = (
-    *("name", "directory", "horizon", "evaluation", "checkpoint", "log", "track", "stop", "divergence"),
-    *("data.directory", "data.address", "data.cache", "data.cache_bytes", "micro_batch"),
+    *("name", "directory", "horizon", "evaluation", "checkpoint", "log", "noise", "track", "stop"),
+    *("divergence", "micro_batch", "data.directory", "data.address", "data.cache", "data.cache_bytes"),
     *(f"engine.{key}" for key in ("ranks", "zero_stage", "offload_optimizer", "activation_checkpointing")),
     *("engine.compile", "engine.threads", "engine.hang_timeout"),
 )
@@ -127,6 +127,11 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class NoiseConfig:
+    every: int | None = None  # steps between measurements of the gradient noise scale; null: none
+
+
+@dataclass(frozen=True)
 class TrackConfig:
     wandb: str = "offline"
     project: str = "isoflop"
@@ -149,6 +154,7 @@ class RunConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     curriculum: dict[int, dict[str, Any]] | None = None  # sequence_length, global_batch from a step on
     optim: dict[str, Any] = field(default_factory=dict)
+    parametrization: dict[str, Any] = field(default_factory=dict)
     schedule: dict[str, Any] = field(default_factory=dict)
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -157,6 +163,7 @@ class RunConfig:
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     fork: ForkConfig = field(default_factory=ForkConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
 
@@ -251,6 +258,7 @@ def check(config: RunConfig) -> None:
         "fork.step: there is no fork.run; name the directory of the run to fork",
     )
     _positive("log.every", config.log.every)
+    _positive("noise.every", config.noise.every)
     _one_of("track.wandb", config.track.wandb, WANDB_MODES)
 
 
@@ -301,6 +309,12 @@ def check_world(config: RunConfig, world_size: int) -> None:
         )
     else:
         EqualSteps(config.global_batch).check(size, world_size)
+    smallest = min(stage.samples for stage in steps(config).stages)
+    _require(
+        config.noise.every is None or smallest > size,
+        f"noise.every: compares a step with a part of its micro batches, and there is one, of {size}"
+        " sequences; set a smaller micro_batch",
+    )
     engine = config.engine
     accumulates = accumulation(config, world_size) > 1
     _require(

@@ -46,7 +46,5 @@ def _zero(config: RunConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if engine.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-        zero["sub_group_size"] = (
-            2**60
-        )  # a group in two parts would count its steps twice
+        zero["sub_group_size"] = 2**60  # a group in two parts would count its steps twice
     return zero

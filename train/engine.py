@@ -56,6 +56,7 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
 
 PATIENCE = timedelta(hours=2)  # of a rank with the others: rank 0 may prepare data while they wait
 RULE = "rule_rank_{}.pt"
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of DeepSpeed's engine
 MASTER = "fp32"  # the name of a parameter's fp32 weights beside those of the optimizer's states
 
 # Besides tensors and plain containers, all that DeepSpeed's checkpoints hold.
@@ -303,19 +304,26 @@ class Engine:
         """Scale every group's peak learning rate for the next step."""
         for peak, group in zip(self.peaks, self.engine.optimizer.param_groups, strict=True):
             group["lr"] = peak * multiplier
-        self.learning_rate = self.peaks[0] * multiplier
+        self.learning_rate = self.rule.learning_rate * multiplier
 
-    def train_step(self, step: int, batches: list[Batch], accept: Accept = lambda loss, norm: True) -> Step:
+    def train_step(
+        self,
+        step: int,
+        batches: list[Batch],
+        accept: Accept = lambda loss, norm: True,
+        counted: bool = True,
+    ) -> Step:
         """One optimizer step over this rank's micro batches. Dropout depends on (seed, step, rank) alone.
 
         accept: given the global mean loss in nats and the gradient norm (infinite or NaN where it
-        overflowed), the same on all ranks, says whether the update is made.
+        overflowed), the same on all ranks, says whether the update is made. counted: this rank's batches are
+        part of the step; False only takes part in what all ranks do together.
         """
         self.engine.train()
         (dropout_seed,) = np.random.SeedSequence((self.seed, step, self.world.rank)).generate_state(1)
         torch.manual_seed(int(dropout_seed))
         batches = [self._to_device(batch) for batch in batches]
-        (total,) = self.world.sum(sum(self.objective.count(batch) for batch in batches))
+        (total,) = self.world.sum(counted * sum(self.objective.count(batch) for batch in batches))
         loss_sum = torch.zeros((), device=self.world.device)
         metrics: dict[str, Tensor] = {}
         self._verdict: bool | None = None
@@ -325,9 +333,9 @@ class Engine:
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             batch_sum, _, counts = self.objective(self.engine, batch)
             # DeepSpeed averages gradients over ranks; the objective sums over tokens.
-            factor = self._scale * self.world.size / max(1.0, total)
+            factor = counted * self._scale * self.world.size / max(1.0, total)
             self.engine.backward(batch_sum * factor, scale_wrt_gas=False)
-            loss_sum += batch_sum.detach()
+            loss_sum += counted * batch_sum.detach()
             metrics = {name: value + metrics.get(name, 0) for name, value in counts.items()}
             if self.engine.is_gradient_accumulation_boundary():
                 self._norm = self._unsharded_norm()
@@ -339,6 +347,20 @@ class Engine:
             # In fp16 they do so now and then: the loss scale is lowered, and only the loss is judged.
             self._accept(0.0 if self.precision == "fp16" else math.inf)
         return Step(loss_sum, int(total), self._norm or 0.0, not self._verdict, metrics)
+
+    def part_of_step(self, step: int, batches: list[Batch]) -> Step:
+        """What `train_step` of a part of the global batch would tell. Nothing of it stays behind.
+
+        The part is the first micro batch of each rank; where there is no other, that of half of the ranks.
+        """
+        counters = {name: getattr(self.engine, name) for name in COUNTERS}
+        scaler = vars(self._loss_scaler) if self._loss_scaler else {}
+        scale = dict(scaler)
+        counted = len(batches) > 1 or self.world.rank < self.world.size // 2
+        result = self.train_step(step, batches[:1], lambda loss, norm: False, counted)
+        vars(self.engine).update(counters)
+        scaler.update(scale)
+        return result
 
     def _judged_update(self) -> None:
         """Stands in for the optimizer's step, which ZeRO calls once per group of parameters."""
@@ -448,7 +470,7 @@ class Engine:
             self._reassign()
             optimizer.checkpoint_event_epilogue()
         if self.precision == "fp16":
-            (optimizer.loss_scaler if self.zero_stage else optimizer.loss_scale_config).cur_scale = loss_scale
+            self._loss_scaler.cur_scale = loss_scale
 
     @property
     def loads_own_layout(self) -> bool:
@@ -574,6 +596,12 @@ class Engine:
         if self.zero_stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [p for p in stepped if id(p) not in own]
+
+    @property
+    def _loss_scaler(self) -> Any:
+        """What holds the loss scale of fp16 and counts steps; None in fp32 without ZeRO."""
+        optimizer = self.engine.optimizer
+        return getattr(optimizer, "loss_scaler" if self.zero_stage else "loss_scale_config", None)
 
     def _missing_loss_scale(self) -> float:
         """In fp16 without ZeRO, DeepSpeed 0.19.8 divides gradients by a scale that it never multiplied by."""

@@ -26,7 +26,7 @@ from train.rundir import RunDir
 
 EXISTING = "data.tokenizer.Existing"
 KEPT = "forked-tokenizer-"  # begins the names of tokenizers that forks took from their parents
-SAME = ("optim._target_", "engine.precision", "sequence_length", "global_batch")  # and the model
+SAME = ("optim._target_", "parametrization", "engine.precision", "sequence_length", "global_batch")
 TEXT = ("data", "objective", "packing", "mixture", "curriculum")  # what losses depend on besides the weights
 OWN = ("name", "directory", "fork", "model")  # of which `changed` in fork.json says nothing
 

@@ -28,20 +28,21 @@ from train import checkpoint, deepspeed_config, hardware
 from train.config import RunConfig, load, micro_batch
 from train.divergence import Event, Monitor, position
 from train.elastic import redistribute
-from train.engine import Engine, World, start_world, stop_world
+from train.engine import Engine, Step, World, start_world, stop_world
 from train.eval.evaluate import evaluate
 from train.eval.sample import respond
 from train.fork import begins_on_other_text
 from train.journal import Journal, outline
 from train.log import Meter
 from train.lookahead import look_ahead
+from train.noise import Averages, estimate
 from train.objective.base import AUXILIARY
 from train.optim.groups import parameter_groups
 from train.pretrained import load_pretrained
 from train.ranks import end_torchrun, end_with, lost_in_one_line, say
 from train.rollback import way_back
 from train.rundir import RunDir, environment
-from train.start import build_model
+from train.start import build_model, scales
 from train.supply import reading, supply
 from train.watchdog import RESTORE, Watchdog
 
@@ -79,7 +80,9 @@ class Run:
         if config.model.get("init_from") and not checkpoint.steps(rundir.checkpoints):
             load_pretrained(model, Path(config.model["init_from"]))
         rule = instantiate(config.optim, "optim")
-        self.engine = Engine(config, model, self.objective, rule, parameter_groups(model, rule), world)
+        scaled = scales(config, model, self.manifest["vocabulary_size"], rule)
+        groups = parameter_groups(model, rule, scaled)
+        self.engine = Engine(config, model, self.objective, rule, groups, world)
         self.saver = checkpoint.Saver(self.engine, rundir.checkpoints, config.checkpoint)
         self.layout = {"world_size": world.size, "zero_stage": config.engine.zero_stage}
         self.held_out = pack(self.validation, config.packing.method, self.collate, training=False)
@@ -94,6 +97,7 @@ class Run:
         peak = hardware.peak_flops(config.engine.precision)
         self.peak_flops = None if peak is None else world.sum(peak)[0]
         self.meter = Meter(self.loader)
+        self.noise = Averages()
         self.journal = Journal(self._spent)
         self.passed_over: list[int] = []  # positions in the order of the data that are left out, sorted
         self.monitor = Monitor(config.divergence)
@@ -143,6 +147,10 @@ class Run:
         self.watchdog.mark(step, "step")
         self.engine.set_learning_rate(self.schedule(step, total))
         self.event = None
+        part = None
+        if config.noise.every is not None and (step + 1) % config.noise.every == 0:
+            with self.meter.paused():
+                part = self.engine.part_of_step(step, batches)
         result = self.engine.train_step(step, batches, lambda loss, norm: self._accepts(step, loss, norm))
         if self.event and self._react(step, self.event):
             return
@@ -153,6 +161,8 @@ class Run:
         self.done = step + 1
         if _due(self.done, config.log.every, total):
             self._log_train(self.done, result.gradient_norm, self.meter)
+        if part is not None:
+            self._log_noise(part, result)
         with self.meter.paused():
             if _due(self.done, config.checkpoint.every, total):
                 self._begin_save()
@@ -239,6 +249,7 @@ class Run:
             "passed_over": self.passed_over,
             "monitor": self.monitor.state(),
             "meter": self.meter.state(self.world.sum),
+            "noise": dataclasses.asdict(self.noise),
             "stream": self._stream_state(),
         }
 
@@ -280,6 +291,7 @@ class Run:
         self.passed_over = sorted({*self.passed_over, *state["passed_over"]})
         if begins_on_other_text(self.rundir, step):
             self.monitor = Monitor(self.config.divergence, self.monitor.rollbacks)
+            self.noise = Averages()
             self.meter.read()
             if isinstance(self.packing, StreamPacking):  # its text begins here
                 place = position(step, self.passed_over)
@@ -288,6 +300,7 @@ class Run:
             if state.get("stream") is not None:
                 self.loader.load_state(state["stream"])
             self.monitor.load_state(state["monitor"])
+            self.noise = Averages(**state.get("noise", {}))
             if "meter" in state:  # not in those of earlier versions
                 self.meter.load_state(state["meter"], self.world.rank)
         self.world.barrier()  # for whoever reads it fastest to be told from one who hangs
@@ -392,6 +405,24 @@ class Run:
         )
         left = (self.total_steps - step) * window.seconds / window.steps
         self.journal.show_train(step, self.total_steps, loss, tokens_per_s, left)
+
+    def _log_noise(self, part: Step, whole: Step) -> None:
+        """The gradient noise scale of the step that was just made, in tokens and in sequences.
+
+        It is left out where a gradient was not finite or not accepted, or the part held no labels.
+        """
+        if whole.skipped or not math.isfinite(part.gradient_norm) or not 0 < part.count < whole.count:
+            return
+        stage = self.supply.steps.stage(position(self.done - 1, self.passed_over))
+        tokens = stage.global_batch * stage.sequence_length
+        sizes = tokens * part.count / whole.count, tokens
+        found = estimate(part.gradient_norm**2, sizes[0], whole.gradient_norm**2, sizes[1])
+        self.noise = self.noise.after(found)
+        scale = self.noise.scale
+        sequences = None if scale is None else scale / stage.sequence_length
+        self.journal.write(
+            "noise", self.done, scale=scale, scale_sequences=sequences, **dataclasses.asdict(found)
+        )
 
     def _evaluate(self) -> None:
         """Raises Interrupted between two batches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -16,6 +17,9 @@ from data.tokenizer import load_tokenizer
 from train.config import RunConfig, check_device, check_world
 from train.eval.sample import encoded_prompt
 from train.fork import check_fork, fork_config, fork_step, take_checkpoint
+from train.optim.base import Rule
+from train.optim.groups import Scale
+from train.parametrization import Standard
 from train.pretrained import check_pretrained
 from train.rundir import RunDir
 from train.supply import check_reached, supply
@@ -32,9 +36,11 @@ def begin(config: RunConfig, world_size: int) -> RunDir:
     check_world(config, world_size)
     check_device(config)
     keys = ("objective", "optim", "schedule")
-    objective, _, schedule = (instantiate(getattr(config, key), key) for key in keys)
+    objective, rule, schedule = (instantiate(getattr(config, key), key) for key in keys)
     with torch.device("meta"):  # what is wrong with any vocabulary shows before data is made
-        objective.check_model(build_model(config, vocabulary_size=1))
+        model = build_model(config, vocabulary_size=1)
+        objective.check_model(model)
+        scales(config, model, 1, rule)
     rundir = RunDir(config.directory)
     with rundir.beginning():
         config = fork_config(config, rundir)
@@ -75,6 +81,51 @@ def build_model(config: RunConfig, vocabulary_size: int) -> nn.Module:
     Raises:
         ValueError: an argument that the model refuses, or a vocabulary smaller than the tokenizer's.
     """
+    node = _model_node(config, vocabulary_size)
+    torch.manual_seed(config.seed)
+    model = instantiate(node, "model")
+    parametrization = parametrization_of(config)
+    if parametrization.base:
+        check_base(config, node)
+        parametrization.shape(model, _base(parametrization, node))
+    return model
+
+
+def parametrization_of(config: RunConfig) -> Standard:
+    """Raises ValueError where its settings make no sense."""
+    return instantiate(config.parametrization, "parametrization") if config.parametrization else Standard()
+
+
+def scales(config: RunConfig, model: nn.Module, vocabulary_size: int, rule: Rule) -> dict[str, Scale]:
+    """What the config's parametrization makes of a rule's hyperparameters for its model, by parameter.
+
+    Raises:
+        ValueError: the two do not go together.
+    """
+    parametrization = parametrization_of(config)
+    if not parametrization.base:
+        return {}
+    return parametrization.scales(model, _base(parametrization, _model_node(config, vocabulary_size)), rule)
+
+
+def check_base(config: RunConfig, node: dict[str, Any]) -> None:
+    """Raises ValueError where a model cannot be parametrized by another."""
+    if config.model.get("init_from"):
+        raise ValueError("model.init_from: such weights have no base size; choose parametrization=standard")
+    if node.get("scaled_embedding"):
+        raise ValueError("model.scaled_embedding: has a table of its own; choose parametrization=standard")
+
+
+def _base(parametrization: Standard, node: dict[str, Any]) -> nn.Module:
+    """The base model, without memory."""
+    for key in parametrization.base:
+        if key not in node:
+            raise ValueError(f"parametrization.base.{key}: is no key of model; choose from {', '.join(node)}")
+    with torch.device("meta"):
+        return instantiate({**node, **parametrization.base}, "parametrization.base")
+
+
+def _model_node(config: RunConfig, vocabulary_size: int) -> dict[str, Any]:
     node = {key: value for key, value in config.model.items() if key != "init_from"}
     node["vocabulary_size"] = node.get("vocabulary_size") or vocabulary_size
     if isinstance(node["vocabulary_size"], int) and node["vocabulary_size"] < vocabulary_size:
@@ -82,5 +133,4 @@ def build_model(config: RunConfig, vocabulary_size: int) -> nn.Module:
             f"model.vocabulary_size: {node['vocabulary_size']} is smaller than the tokenizer's"
             f" {vocabulary_size}; set at least that, or null for the tokenizer's"
         )
-    torch.manual_seed(config.seed)
-    return instantiate(node, "model")
+    return node

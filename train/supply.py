@@ -100,11 +100,8 @@ def check_reached(config: RunConfig, objective: Any, schedule: Any, total_steps:
                 f"{key}: begins at step {step:,}, and the horizon is {total_steps:,} steps; give an earlier"
                 " step, or a longer horizon"
             )
-    if isinstance(schedule, Schedule) and schedule.warmup > total_steps:
-        raise ValueError(
-            f"schedule.warmup: {schedule.warmup:,} steps, and the horizon is {total_steps:,}; give fewer, or"
-            " below 1 a share of them"
-        )
+    if isinstance(schedule, Schedule):
+        schedule.check_horizon(total_steps)
 
 
 def supply(config: RunConfig, objective: Any, prepared: Path) -> Supply:

@@ -116,6 +116,17 @@ def test_the_page_holds_the_names_and_the_curves_of_all_runs(tmp_path: Path) -> 
     assert first["color"] != second["color"]
 
 
+def test_the_gradient_noise_scale_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    noise = [record("noise", step, scale=scale, trace=1.0) for step, scale in ((10, None), (20, 1500.0))]
+    page = Page(report([make_run(tmp_path / "measured", [*RECORDS, *noise]), make_run(tmp_path / "plain")]))
+    measured, plain = json.loads(page.data)
+    assert measured["noise"]["scale"] == [None, 1500.0] and measured["noise"]["tokens"] == [1000, 2000]
+    assert plain["noise"]["scale"] == []
+    assert "Gradient noise scale (tokens)1.5 k–" in page.text
+    alone = Page(report([tmp_path / "plain"]))
+    assert "Gradient noise scale" not in alone.text
+
+
 def test_the_shares_of_a_mixture_are_columns_beside_the_training_loss(tmp_path: Path) -> None:
     mixed = [
         train(10, 3.5, **{"share/web": 0.75, "share/</script>": 0.25}),

@@ -39,6 +39,9 @@ FORKS = {
     "other": [*OTHER, "tokenizer=bytes"],
     "elastic": ["engine=zero3", "optim.weight_decay=2"],
 }
+STABLE = ["schedule=wsd", "schedule.decay=2", "horizon.steps=8"]
+DECAYED = ["schedule.decay=3", "horizon.steps=6"]  # from step 3 on
+UNBROKEN = {"stable": STABLE, "decayed": [*STABLE, *DECAYED]}
 
 
 def fork(folder: Path, name: str, *more: str, parent: str = "parent") -> Path:
@@ -48,10 +51,12 @@ def fork(folder: Path, name: str, *more: str, parent: str = "parent") -> Path:
 
 
 def trained(folder: Path) -> None:
-    """One rank: a parent, its forks, and a fork of a fork."""
+    """One rank: a parent, its forks, and a fork of a fork; a stable run, and a decay of it."""
     train_all([begun(folder, "parent", 1, *PARENT)])
     train_all([fork(folder, name, *more) for name, more in FORKS.items()])
     train_all([fork(folder, "grandchild", "horizon.steps=7", *OTHER, "fork.step=6", parent="other")])
+    train_all([begun(folder, name, 1, *PARENT, *own) for name, own in UNBROKEN.items()])
+    train_all([fork(folder, "branched", *STABLE, *DECAYED, parent="stable")])
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,20 @@ def test_the_effect_is_that_of_the_change(runs: Path) -> None:
     (total,) = {sum(p.square().sum().item() for p in weights(runs / "same", 6).values())}
     for name in ("decay", "elastic"):
         assert sum(p.square().sum().item() for p in weights(runs / name, 6).values()) < total
+
+
+def test_a_decay_is_branched_off_a_stable_run(runs: Path) -> None:
+    stable, decayed, branched = (train_records(runs / name) for name in ("stable", "decayed", "branched"))
+    assert list(branched) == [4, 5, 6]
+    for key in ("learning_rate", "loss", "gradient_norm", "tokens"):
+        assert [branched[step][key] for step in branched] == [decayed[step][key] for step in branched]
+        assert [stable[step][key] for step in (1, 2, 3)] == [decayed[step][key] for step in (1, 2, 3)]
+    assert equal(weights(runs / "branched", 6), weights(runs / "decayed", 6))
+    rates = [stable[3]["learning_rate"], *(record["learning_rate"] for record in branched.values())]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 4 and rates[-1] == 0
+    assert json.loads((runs / "branched" / "fork.json").read_text())["changed"] == [
+        *("horizon.steps", "schedule.decay")
+    ]
 
 
 def test_what_was_changed_is_written_down(runs: Path) -> None:

@@ -17,6 +17,8 @@ class AdamW(Rule):
         weight_decay: decoupled decay per unit of learning rate, of matrices and embeddings only.
     """
 
+    adam_like = True
+
     def __init__(
         self,
         learning_rate: float,

@@ -23,6 +23,9 @@ class Rule:
     counters: entries of the optimizer's groups that count steps: there from the beginning, saved with a run.
     averages: weights are evaluated other than they are stepped: see `average`.
     keeps_state: the elementwise optimizer keeps tensors beside the weights.
+    adam_like: it moves every element by about the learning rate, and decays apart from that, in proportion.
+    matrix_scaling: how far it moves whole matrices: see the table in train.parametrization.
+    eps: what is added to its denominators, where there are any.
 
     Args:
         learning_rate: peak learning rate, which the schedule multiplies.
@@ -32,6 +35,9 @@ class Rule:
     counters: tuple[str, ...] = ()
     averages: bool = False
     keeps_state: bool = True
+    adam_like: bool = False
+    matrix_scaling: str | None = None
+    eps: Any = None
 
     def __init__(self, learning_rate: float, weight_decay: float) -> None:
         self.learning_rate = positive("learning_rate", learning_rate)

@@ -18,6 +18,7 @@ class Lion(Rule):
     """
 
     counters = ("step",)
+    adam_like = True
 
     def __init__(
         self, learning_rate: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.6

@@ -44,7 +44,7 @@ class Muon(AdamW):
             raise ValueError(f"optim.iterations: {iterations} is above 99; give fewer, for example 5")
         if adjust not in ADJUSTMENTS:
             raise ValueError(f"optim.adjust: {adjust!r} is unknown; give one of {', '.join(ADJUSTMENTS)}")
-        self.adjust = adjust
+        self.adjust = self.matrix_scaling = adjust
 
     def takes_whole(self, role: str) -> bool:
         return role == "hidden"

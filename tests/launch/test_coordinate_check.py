@@ -1,0 +1,64 @@
+"""The coordinate check passes a parametrization, and fails one that lacks a part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from launch import coordinate_check
+from tests.tiny import corpus
+
+
+def own(folder: Path) -> list[str]:
+    if not (folder / "text").exists():
+        corpus(folder / "text")
+    return [
+        *("data=text", f"data.source.paths={folder}/text/*.txt", f"data.directory={folder}/prepared"),
+        *("data.validation.share=0.2", "sequence_length=32", "tokenizer=bytes"),
+    ]
+
+
+WIDTHS = [32, 64, 128, 256]
+
+
+def checked(folder: Path, *more: str, without: tuple[str, ...] = ()) -> coordinate_check.Slopes:
+    return coordinate_check.check([*own(folder), *more], "width", WIDTHS, 3, 2, without)[1]
+
+
+def test_mup_passes_where_the_standard_parametrization_fails(tmp_path: Path) -> None:
+    mup = checked(tmp_path, "parametrization=mup")
+    assert abs(mup.worst()[0]) < 0.3  # smaller widths than those of the claim, and fewer seeds
+    assert checked(tmp_path, "parametrization=standard").worst()[0] > 0.6
+
+
+@pytest.mark.parametrize("part", ["rate", "logits"])
+def test_a_part_that_is_missing_shows(tmp_path: Path, part: str) -> None:
+    slopes = checked(tmp_path, "parametrization=mup", without=(part,))
+    assert abs(slopes.worst()[0]) > 0.5 and not slopes.passed
+
+
+def test_the_command_writes_a_page_and_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--depths", "2", "3", "--steps", "2", "--seeds", "1", "--directory", f"{tmp_path}/out"]
+    argv = ["coordinate_check", *given, *own(tmp_path), "parametrization=completep", "model.width=32"]
+    with mock.patch("sys.argv", argv):
+        coordinate_check.main()
+    assert "steepest slope" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "slopes.json").read_text())
+    assert content["layers"] == [2, 3]
+    layers = content["slopes"]["change"]
+    assert {"embedding", "blocks.0.attention", "blocks.last.feedforward", "logits"} < layers.keys()
+    assert not any(".1." in layer or ".2." in layer for layer in layers)
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()[:200]
+
+
+def test_sizes_that_make_no_slope_are_refused() -> None:
+    with (
+        mock.patch("sys.argv", ["coordinate_check", "--widths", "64"]),
+        pytest.raises(ValueError, match="^--widths: give two sizes or more"),
+    ):
+        coordinate_check.main()

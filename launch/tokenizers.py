@@ -6,9 +6,10 @@ text.
 
 How short each makes the text (bytes per token, by source and language too), what it cannot spell, how much of
 its vocabulary is used, how fast it is; and what a small model reaches with it in bits per byte, trained and
-evaluated by `train` on one rank. Held equal are the model without its token table, the number of steps, and
-the bytes of text in a sequence and so in a step and a run: a tokenizer that makes text shorter gets a shorter
-sequence_length. Vocabularies differ, and with them parameters and compute, which are reported.
+evaluated by `train`, as many runs at a time as there are cores. Held equal are the model without its token
+table, the number of steps, and the bytes of text in a sequence and so in a step and a run: a tokenizer that
+makes text shorter gets a shorter sequence_length. Vocabularies differ, and with them parameters and compute,
+which are reported.
 
 A run that is there is not trained again. Writes results.json and report.html into the directory.
 """
@@ -25,7 +26,6 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -35,13 +35,15 @@ from data.files import write
 from data.prepare import prepare
 from data.shards import TokenStream
 from data.tokenizer import load_tokenizer
+from launch.overrides import as_typed, refuse, split
 from launch.report_page import count
 from launch.request import CONF
+from launch.study import Planned, Trained, run_all
 from launch.tokenizer_page import bits, page
-from launch.tokenizer_runs import trained
 from launch.tokenizer_text import Piece, guesses_languages, held_out, measure, speeds
-from train.config import RunConfig, from_hydra
+from train.config import load
 from train.ranks import end_with
+from train.rundir import RunDir
 
 # Keys of a run that the study sets by itself, and what to set instead.
 OWN = {
@@ -90,10 +92,12 @@ class Candidate:
 def study(node: DictConfig, console: Console) -> dict[str, Any]:
     """Everything that a composed conf/tokenizers.yaml asks for, as written to results.json.
 
-    Raises ValueError in one line on what is wrong with a key, the text, or a run that is there already.
+    Raises ValueError in one line on what is wrong with a key, the text, or a run.
     """
-    plan, run_node = _split(node)
+    plan, run_node = split(node, Study)
     candidates = _candidates(plan)
+    if not instantiate(run_node.objective, "objective").predicts_text:
+        raise ValueError("objective: does not predict the text, so it has no bits per byte; choose causal")
     data = _sampled(run_node.data, plan.sample_bytes)
     folders = []
     for candidate in candidates:
@@ -101,17 +105,17 @@ def study(node: DictConfig, console: Console) -> dict[str, Any]:
         folders.append(prepare(data, candidate.node))
     pieces = _held_out(data, plan.sample_bytes)
     results = _measured(candidates, folders, pieces, console)
-    for number, (candidate, folder, result) in enumerate(zip(candidates, folders, results, strict=True)):
-        result["runs"] = []
-        for seed in range(plan.seeds):
-            done, total = number * plan.seeds + seed + 1, len(candidates) * plan.seeds
-            console.rule(f"run {done} of {total}: {candidate.name}, seed {seed}")
-            config = _run_config(plan, run_node, data, candidate, folder, seed)
-            result["sequence_length"] = config.sequence_length
-            result["runs"].append(trained(config, folder, plan.steps, console.print))
+    planned = []
+    for candidate, folder, result in zip(candidates, folders, results, strict=True):
         stream = TokenStream(folder, "train")
-        seen = plan.steps * run_node.global_batch * result["sequence_length"]
-        result["bytes_seen"] = seen * stream.bytes / stream.tokens
+        length = max(1, round(plan.context_bytes * stream.tokens / stream.bytes))
+        seen = plan.steps * run_node.global_batch * length
+        result |= {"sequence_length": length, "bytes_seen": seen * stream.bytes / stream.tokens}
+        planned += _planned(plan, run_node, data, candidate, length)
+    console.rule("training")
+    runs = [_figures(trained) for trained in run_all(planned, Path(node.directory), console)]
+    for number, result in enumerate(results):
+        result["runs"] = runs[number * plan.seeds : (number + 1) * plan.seeds]
     run: Any = OmegaConf.to_container(run_node)
     return {
         "settings": dataclasses.asdict(plan),
@@ -119,21 +123,6 @@ def study(node: DictConfig, console: Console) -> dict[str, Any]:
         "held_out": _text_shares(pieces),
         "tokenizers": results,
     }
-
-
-def _split(node: DictConfig) -> tuple[Study, DictConfig]:
-    """The study's own keys, and those of its runs. Raises ValueError that names a key with a wrong value."""
-    keys = [field.name for field in dataclasses.fields(Study)]
-    try:
-        schema = OmegaConf.create(OmegaConf.structured(Study), flags={"readonly": False})
-        plan: Any = OmegaConf.to_object(OmegaConf.merge(schema, {key: node[key] for key in keys}))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    run_node = node.copy()
-    OmegaConf.set_struct(run_node, False)
-    for key in keys:
-        del run_node[key]
-    return plan, run_node
 
 
 def _candidates(plan: Study) -> list[Candidate]:
@@ -197,26 +186,33 @@ def _measured(
     ]
 
 
-def _run_config(
-    plan: Study, node: DictConfig, data: DictConfig, candidate: Candidate, folder: Path, seed: int
-) -> RunConfig:
-    """The run of a tokenizer with a seed: its sequences hold context_bytes of training text on average."""
-    stream = TokenStream(folder, "train")
-    name = f"{candidate.name}-{seed}"
-    own: dict[str, Any] = {
-        "name": name,
-        "directory": str(Path(node.directory) / name),
-        "seed": seed,
-        "sequence_length": max(1, round(plan.context_bytes * stream.tokens / stream.bytes)),
-        "horizon": {"steps": plan.steps, "tokens": None, "epochs": None},
-        "data": data,
-        "tokenizer": candidate.node,
-    }
+def _planned(
+    plan: Study, node: DictConfig, data: DictConfig, candidate: Candidate, length: int
+) -> list[Planned]:
+    """The runs of a tokenizer, one for each seed, whose sequences are `length` tokens long."""
     whole = node.copy()
-    for key, value in own.items():
-        whole[key] = value
-    whole.engine.ranks = None
-    return from_hydra(whole)
+    whole.sequence_length = length
+    whole.horizon = {"steps": plan.steps, "tokens": None, "epochs": None}
+    whole.data, whole.tokenizer = data, candidate.node
+    whole.engine.ranks = 1
+    typed = as_typed(whole, without=("name", "directory", "seed"))
+    return [Planned(f"{candidate.name}-{seed}", (*typed, f"seed={seed}")) for seed in range(plan.seeds)]
+
+
+def _figures(trained: Trained) -> dict[str, Any]:
+    """The last evaluation of a run, and the counts of its model. Raises ValueError where it has diverged."""
+    if trained.diverged:
+        raise ValueError(
+            f"optim.learning_rate: {trained.planned.name} diverged ({trained.diverged}); choose a lower one"
+        )
+    rundir = RunDir(trained.directory)
+    last, counts = trained.records("eval")[-1], json.loads(rundir.model.read_text())
+    return {
+        "seed": load(rundir.config).seed,
+        "directory": str(trained.directory),
+        **{key: last[key] for key in ("bits_per_byte", "bytes_evaluated", "flops")},
+        **{key: counts[key] for key in ("parameters", "parameters_without_embeddings")},
+    }
 
 
 def _text_shares(pieces: list[Piece]) -> dict[str, Any]:
@@ -256,18 +252,10 @@ NOTE = (
 )
 
 
-def _refuse_own_keys(overrides: list[str]) -> None:
-    """Raises ValueError where the command line sets a key that the study sets."""
-    for override in overrides:
-        key = override.split("=")[0].lstrip("+~")
-        if (part := key.split(".")[0].split("@")[0]) in OWN:
-            raise ValueError(f"{key}: is set by the study for each of its runs; set {OWN[part]} instead")
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="tokenizers")
 @one_line_errors
 def main(node: DictConfig) -> None:
-    _refuse_own_keys(list(HydraConfig.get().overrides.task))
+    refuse(HydraConfig.get().overrides.task, OWN)
     console = Console(highlight=False)
     results = study(node, console)
     directory = Path(node.directory)

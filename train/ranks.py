@@ -77,7 +77,7 @@ def supervise(
                     cwd=ROOT,
                     pass_fds=pass_fds,
                     start_new_session=True,  # a terminal's Ctrl-C reaches it through us alone
-                    preexec_fn=_bound_to(os.getpid()),
+                    preexec_fn=bound_to(os.getpid()),
                 )
                 processes.append(process)
                 threading.Thread(target=_report, args=(rank, process, events), daemon=True).start()
@@ -94,7 +94,7 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
-def _bound_to(launcher: int) -> Callable[[], None]:
+def bound_to(launcher: int) -> Callable[[], None]:
     """What a rank's process does before it runs its command: on Linux, bind its life to the launcher's.
 
     The signals are blocked, and wait, until it has made its Stop.

@@ -49,8 +49,9 @@ BOUND, AFTER = 0.1, 2  # of a slope; steps after which it holds
 # Characters, that come back often, and a decay and an epsilon that can be seen within a few steps.
 SETTLED = [
     *("model=gpt-nano", "model.position=learned", "tokenizer=characters", "sequence_length=64"),
-    *("global_batch=16", "optim.learning_rate=0.002", "optim.weight_decay=20", "optim.eps=1e-5"),
+    *("global_batch=16", "optim.learning_rate=0.002", "optim.weight_decay=20"),
 ]
+EPS = 1e-5
 KINDS = ("size", "change")
 
 
@@ -68,11 +69,16 @@ class Slopes:
             for layer, slopes in layers.items()
             for slope in slopes
         ]
-        return max(every, key=lambda found: abs(found[0]))
+        return max(every, key=lambda found: steepness(found[0]))
 
     @property
     def passed(self) -> bool:
-        return abs(self.worst()[0]) <= BOUND
+        return steepness(self.worst()[0]) <= BOUND
+
+
+def steepness(slope: float) -> float:
+    """Infinite where there is none, for a layer that diverged or that nothing changed."""
+    return abs(slope) if math.isfinite(slope) else math.inf
 
 
 def check(
@@ -112,8 +118,14 @@ def sized(
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = compose("config", overrides=[*SETTLED, *overrides, *own])
     if node.parametrization.get("base"):
-        node.parametrization.base = {**({"width": node.model.width} if key != "width" else {}), key: base}
+        deep = "layers" in node.parametrization.base
+        if key == "layers" and not deep:
+            raise ValueError("--depths: muP keeps the depth; choose parametrization=completep")
+        sizes = ("width", "layers") if deep else ("width",)
+        node.parametrization.base = {size: node.model[size] for size in sizes} | {key: base}
         OmegaConf.update(node, "parametrization.without", list(without), force_add=True)
+    if "eps" in node.optim:
+        node.optim.eps = EPS
     return from_hydra(node)
 
 
@@ -193,8 +205,8 @@ def figure(sizes: dict[str, Any], slopes: Slopes, key: str, values: Sequence[int
     plot = make_subplots(rows=1, cols=2, subplot_titles=["after the last step", "change since the start"])
     for column, kind in enumerate(KINDS, start=1):
         for layer, rows in sizes[kind].items():
-            worst = max(slopes.by_layer[kind][layer], key=abs)
-            outside = abs(worst) > BOUND
+            worst = max(slopes.by_layer[kind][layer], key=steepness)
+            outside = steepness(worst) > BOUND
             plot.add_scatter(
                 x=list(values), y=rows[:, -1], mode="lines+markers", row=1, col=column,
                 name=f"{layer} ({worst:+.2f})", legend=f"legend{column}",
@@ -213,8 +225,8 @@ def figure(sizes: dict[str, Any], slopes: Slopes, key: str, values: Sequence[int
 def table(slopes: Slopes) -> Table:
     shown = Table("layer", *(f"steepest slope of the {kind}" for kind in KINDS), title="Coordinate check")
     for layer in slopes.by_layer["size"]:
-        cells = [max(slopes.by_layer[kind][layer], key=abs) for kind in KINDS]
-        shown.add_row(layer, *(f"{'[red]' if abs(cell) > BOUND else ''}{cell:+.3f}" for cell in cells))
+        cells = [max(slopes.by_layer[kind][layer], key=steepness) for kind in KINDS]
+        shown.add_row(layer, *(f"{'[red]' if steepness(cell) > BOUND else ''}{cell:+.3f}" for cell in cells))
     return shown
 
 
@@ -259,6 +271,8 @@ def main() -> None:
     console = Console(highlight=False)
     console.print(table(slopes))
     console.print(f"{verdict}\n{page}")
+    if not slopes.passed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -627,9 +627,12 @@ def _state_of(states: dict[Tensor, dict[str, Any]], holder: Tensor, key: str) ->
 
 
 def rule_states(folder: Path) -> list[dict[str, Any]]:
-    """Of every rank, what a checkpoint holds beside DeepSpeed's files. Raises pickle.UnpicklingError."""
+    """Of every rank, what a checkpoint holds beside DeepSpeed's files. Raises ValueError on anything else."""
     paths = sorted(folder.glob(RULE.format("*")))
-    return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+    try:
+        return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+    except pickle.UnpicklingError:
+        raise ValueError(f"{folder}: refused to load it, for it holds what a checkpoint does not") from None
 
 
 class _Files(CheckpointEngine):

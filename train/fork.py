@@ -26,7 +26,11 @@ from train.rundir import RunDir
 
 EXISTING = "data.tokenizer.Existing"
 KEPT = "forked-tokenizer-"  # begins the names of tokenizers that forks took from their parents
-SAME = ("optim._target_", "parametrization", "engine.precision", "sequence_length", "global_batch")
+SHAPING = ("momentum", "block", "max_precondition_dim", "precondition_frequency")  # what an optimizer keeps
+SAME = (
+    *("optim._target_", *(f"optim.{key}" for key in SHAPING), "parametrization"),
+    *("engine.precision", "sequence_length", "global_batch"),
+)
 TEXT = ("data", "objective", "packing", "mixture", "curriculum")  # what losses depend on besides the weights
 OWN = ("name", "directory", "fork", "model")  # of which `changed` in fork.json says nothing
 

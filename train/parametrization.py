@@ -45,8 +45,8 @@ ADAM = {
     "head": Exponents(0.0, 0.0, 0.0, -1.0),
 }
 # Muon-like: a matrix of A rows and B columns is moved by the learning rate in spectral norm, times
-# max(A, B) ** 0.5 where its steps are to be as large as AdamW's; else times max(1, A / B) ** 0.5, which meets
-# condition 1 of arXiv 2310.17813 as it is.
+# max(A, B) ** 0.5 where its steps are to be as large as AdamW's; else times max(1, A / B) ** 0.5, which grows
+# as condition 1 of arXiv 2310.17813 asks while A / B stays as it is.
 MUON = {
     "match_rms_adamw": Exponents(-0.5, -0.5, 0.5, 0.0),
     "original": Exponents(-0.5, 0.0, 0.0, 0.0),
@@ -87,9 +87,11 @@ class MuP(Standard):
         self.base = dict(base)
         if "width" not in self.base:
             raise ValueError("parametrization.base: has no width; give that of the base model")
-        if not self.depth and "layers" in self.base:
+        for key in ("layers", "decoder_layers"):
+            if self.depth or key not in self.base:
+                continue
             raise ValueError(
-                "parametrization.base.layers: muP keeps the depth; leave it out, or choose"
+                f"parametrization.base.{key}: muP keeps the depth; leave it out, or choose"
                 " parametrization=completep"
             )
         for part in without:

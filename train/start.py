@@ -86,8 +86,9 @@ def build_model(config: RunConfig, vocabulary_size: int) -> nn.Module:
     model = instantiate(node, "model")
     parametrization = parametrization_of(config)
     if parametrization.base:
-        check_base(config, node)
-        parametrization.shape(model, _base(parametrization, node))
+        base = _base(parametrization, node)
+        check_base(config, node, model, base)
+        parametrization.shape(model, base)
     return model
 
 
@@ -108,8 +109,21 @@ def scales(config: RunConfig, model: nn.Module, vocabulary_size: int, rule: Rule
     return parametrization.scales(model, _base(parametrization, _model_node(config, vocabulary_size)), rule)
 
 
-def check_base(config: RunConfig, node: dict[str, Any]) -> None:
+def check_base(config: RunConfig, node: dict[str, Any], model: nn.Module, base: nn.Module) -> None:
     """Raises ValueError where a model cannot be parametrized by another."""
+    if getattr(model, "layers", None) != getattr(base, "layers", None):
+        owners = [own for module in model.modules() for own in (module, getattr(module, "shape", module))]
+        if any(getattr(own, "norm_first", True) is False for own in owners):
+            raise ValueError(
+                "model.norm_first: is false, for which there is no rule of depth; set it to true"
+            )
+        stacks: list[Any] = [
+            [getattr(own, "decoder_layers", own.layers), own.layers] for own in (model, base)
+        ]
+        if stacks[0][0] * stacks[1][1] != stacks[1][0] * stacks[0][1]:
+            raise ValueError(
+                "parametrization.base.decoder_layers: must be as much fewer than the model's as the encoder's"
+            )
     if config.model.get("init_from"):
         raise ValueError("model.init_from: such weights have no base size; choose parametrization=standard")
     if node.get("scaled_embedding"):

@@ -117,7 +117,21 @@ def only_its_share() -> Iterator[None]:
         yield
 
 
-MISTAKES: list[Callable[[], Any]] = [wrong_tag, clipped_after, each_micro_batch, only_its_share]
+@contextmanager
+def no_decay() -> Iterator[None]:
+    """Matrices do not decay in the engine."""
+    from train.whole import Whole
+
+    def update(self: Any, group: Any, *others: Any) -> None:
+        self._groups[group["names"][0]]["weight_decay"] = 0.0
+        inner(self, group, *others)
+
+    inner = Whole._update
+    with mock.patch.object(Whole, "_update", update):
+        yield
+
+
+MISTAKES: list[Callable[[], Any]] = [wrong_tag, clipped_after, each_micro_batch, only_its_share, no_decay]
 
 
 def with_mistakes() -> dict[str, list[Result]]:
@@ -136,7 +150,8 @@ def test_a_mistake_is_found() -> None:
     for name in ("wrong_tag", "each_micro_batch"):
         assert not any(result.certified for result in found[name]), name
         assert all(result.missed for result in found[name]), name
-    assert not any(result.certified for result in found["clipped_after"])
+    for name in ("clipped_after", "no_decay"):
+        assert not any(result.certified for result in found[name]), name
     shared = [result for result in found["only_its_share"] if result.zero_stage > 0]
     assert shared and not any(result.certified for result in shared)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -45,7 +46,7 @@ def test_the_command_writes_a_page_and_its_numbers(
 ) -> None:
     given = ["--depths", "2", "3", "--steps", "2", "--seeds", "1", "--directory", f"{tmp_path}/out"]
     argv = ["coordinate_check", *given, *own(tmp_path), "parametrization=completep", "model.width=32"]
-    with mock.patch("sys.argv", argv):
+    with mock.patch("sys.argv", argv), suppress(SystemExit):  # of 1, where two sizes do not pass
         coordinate_check.main()
     assert "steepest slope" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "slopes.json").read_text())
@@ -62,3 +63,13 @@ def test_sizes_that_make_no_slope_are_refused() -> None:
         pytest.raises(ValueError, match="^--widths: give two sizes or more"),
     ):
         coordinate_check.main()
+
+
+def test_a_layer_that_diverged_or_stood_still_does_not_pass() -> None:
+    slopes = coordinate_check.Slopes({"size": {"a": [0.01], "b": [float("nan")]}, "change": {"a": [0.02]}})
+    assert not slopes.passed and slopes.worst()[2] == "b"
+
+
+def test_depths_need_a_parametrization_of_depth(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^--depths: muP keeps the depth; choose parametrization=completep"):
+        coordinate_check.check([*own(tmp_path), "parametrization=mup"], "layers", [1, 2], 2, 1, ())

@@ -19,6 +19,7 @@ from train.start import begin, build_model, scales
 
 BASE = "parametrization.base={width:32,heads:2}"
 WIDE = ["model.width=128", "model.heads=4", "model.layers=2"]
+POST_NORM = ["model=bert-tiny", "objective=masked", "model.norm_first=false"]
 T5 = ["model.head_width=null"]
 FAMILIES = {"demo": "blocks.1", "bert-tiny": "blocks.1", "t5-tiny": "decoder.1", "llama-tiny": "blocks.1"}
 NONE = ["++model.feedforward_width=null"]
@@ -112,6 +113,11 @@ def test_muon_has_a_row_for_each_of_its_scales(tmp_path: Path, adjust: str, rate
         (
             ["+parametrization.base.layers=2"],
             "parametrization.base.layers: muP keeps the depth; leave it out",
+        ),
+        (["+parametrization.base.decoder_layers=2"], "parametrization.base.decoder_layers: muP keeps the"),
+        (
+            ["parametrization=completep", "parametrization.base.layers=1", *POST_NORM],
+            "model.norm_first: is false, for which there is no rule of depth; set it to true",
         ),
         (["+parametrization.base.wdith=2"], "parametrization.base.wdith: is no key of model; choose from"),
         (["+parametrization.without=[lr]"], "parametrization.without: lr is none of init, rate, decay, eps,"),

@@ -156,6 +156,26 @@ def test_a_mistake_is_found() -> None:
     assert shared and not any(result.certified for result in shared)
 
 
+def scaled() -> list[Result]:
+    """Under a parametrization: some parameters have a learning rate, a decay and an epsilon of their own."""
+    from train.engine import start_world
+    from train.optim.groups import Scale, parameter_groups
+
+    def groups(model: Any, rule: Any) -> Any:
+        names = (name for name, _ in model.named_parameters())
+        return parameter_groups(model, rule, {name: Scale(0.3, 2.0, 50.0) for name in names if ".0." in name})
+
+    hurry()
+    with mock.patch.object(certify, "parameter_groups", groups):
+        return certify.certificate(["adamw", "muon", "lion"], start_world())
+
+
+def test_the_engine_keeps_to_the_rates_of_each_group() -> None:
+    found = run_ranks(scaled, 2)[0]
+    assert len(found) == 3 * len(STAGES) * len(ACCUMULATIONS) * len(CLIPPINGS)
+    assert not [result for result in found if not result.certified]
+
+
 def test_a_rule_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch("sys.argv", ["certify", "--rules", "adamw", "sofia"]), pytest.raises(SystemExit):
         certify.main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,8 +16,8 @@ import torch
 from tests.distributed import run_ranks
 from tests.tiny import begun
 from tests.train.test_engine import VOCABULARY, make_batches, make_config
-from tests.train.test_run import StopAfterAStep, fp16_here, hurry
-from train.checkpoint import path_of, read_state
+from tests.train.test_run import StopAfterAStep, fp16_here, hurry, train_all
+from train.checkpoint import path_of, read_state, remove_after
 from train.records import read_metrics
 
 STAGES = range(4)
@@ -344,3 +345,59 @@ def test_a_run_says_what_it_was_converted_from_and_to(folder: Path, name: str) -
     ]
     last = path_of(folder / "runs" / name / "checkpoints", ends[-1])
     assert read_state(last)["layout"] == {"world_size": WORLDS[len(ends) - 1], "zero_stage": stages[-1]}
+
+
+# Rules that keep more than an elementwise state: the engine that they begin with on 2 ranks, the one that
+# they go on with, and on how many.
+MOVES = [
+    ("muon", "engine=zero2", "engine=zero3", 1),
+    ("adafactor", "engine=zero3", "engine=zero1", 3),
+    ("schedule-free", "engine=zero1", "engine=zero3", 1),
+    ("adabound", "engine=zero3", "engine=zero0", 3),
+]
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[float], list[float]]]:
+    """By rule, the losses of 6 steps on 2 ranks, and of some that broke off after 3 and went on elsewhere."""
+    folder = tmp_path_factory.mktemp("moved")
+    small = [
+        "optim.learning_rate=3e-3",
+        "model.layers=1",
+        "model.width=33",
+        "model.heads=3",
+        "engine.precision=fp32",
+        f"global_batch={BATCH}",
+    ]
+    whole = [begun(folder, rule, 2, f"optim={rule}", *small, engine) for rule, engine, _, _ in MOVES]
+    run_ranks(train_all, 2, whole)
+    for directory in whole:
+        copy = directory.with_name(directory.name + "-moved")
+        shutil.copytree(directory, copy)
+        remove_after(copy / "checkpoints", 3)
+    for ranks in (1, 3):
+        again = [
+            begun(folder, f"{rule}-moved", ranks, f"optim={rule}", *small, engine)
+            for rule, _, engine, there in MOVES
+            if there == ranks
+        ]
+        run_ranks(train_all, ranks, again)
+    return {
+        directory.name: (losses_of(directory), losses_of(folder / "runs" / f"{directory.name}-moved"))
+        for directory in whole
+    }
+
+
+def losses_of(directory: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(directory / "metrics.jsonl") if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "tolerance"), [("muon", 1e-3), ("adafactor", 1e-4), ("schedule-free", 1e-4), ("adabound", 1e-4)]
+)
+def test_what_a_rule_keeps_goes_along_to_another_world(moved: Any, rule: str, tolerance: float) -> None:
+    unbroken, went_on = moved[rule]
+    assert len(unbroken) == len(went_on) == 6
+    assert went_on[:3] == unbroken[:3]
+    assert went_on[3:] == pytest.approx(unbroken[3:], abs=tolerance)
+    assert unbroken[5] < unbroken[3] - 10 * tolerance

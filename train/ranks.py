@@ -21,6 +21,7 @@ from train.stop import APART, INTERRUPTED, REQUEUE, SIGNALS, current
 ROOT = Path(__file__).resolve().parent.parent
 MARGIN = 10.0  # seconds beyond the grace, after which a rank that has not ended itself is killed
 LAST_WORDS = 5.0  # seconds for the other ranks to say what they have to say when one has failed
+LOST_ANOTHER = 76  # exit code of a rank that ends because another has: EX_PROTOCOL of sysexits.h
 SECOND_INTERRUPT = 2.0  # seconds for the ranks to end after a second SIGINT
 LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection was likely closed|got 0 bytes"
@@ -123,6 +124,7 @@ class _Ranks:
         self.live, self.patience = dict(enumerate(processes)), grace + MARGIN
         self.sent: dict[int, float] = {}  # signals by the time of the first
         self.code = 0
+        self.lost = False  # a rank has ended because of another
         self.kill_at: float | None = None
 
     def outcome(self, events: SimpleQueue[Event]) -> int:
@@ -133,14 +135,14 @@ class _Ranks:
                 )
             except Empty:
                 self._send(signal.SIGKILL)
-                self.code, self.kill_at = self.code or REQUEUE, None
+                self.code, self.kill_at = self.code or (1 if self.lost else REQUEUE), None
                 continue
             if rank is None:
                 self._pass_on(value)
             else:
                 del self.live[rank]
                 self._ended(rank, value)
-        return self.code
+        return self.code or int(self.lost)
 
     def _pass_on(self, number: int) -> None:
         """A signal to the launcher: each kind once, but for a second SIGINT."""
@@ -156,6 +158,10 @@ class _Ranks:
 
     def _ended(self, rank: int, code: int) -> None:
         if code == 0 or self.code:
+            return
+        if code == LOST_ANOTHER:  # and has said so; the other may be seen later
+            self._kill_in(LAST_WORDS)
+            self.lost = True
             return
         if code == REQUEUE:
             self.code = REQUEUE
@@ -217,7 +223,8 @@ def lost_in_one_line() -> Iterator[None]:
     except RuntimeError as error:
         if (lost := lost_peer(error)) is None:
             raise
-        sys.exit(f"rank {os.environ['RANK']}: lost another rank ({lost})")
+        say(f"rank {os.environ['RANK']}: lost another rank ({lost})")
+        sys.exit(LOST_ANOTHER)
 
 
 def lost_peer(error: BaseException | None) -> str | None:

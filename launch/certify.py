@@ -157,11 +157,7 @@ def plain(rule: Rule, clipping: float, noise: float = 0.0) -> tuple[dict[str, Te
     model, objective = gpt(), Causal()
     generator = torch.Generator().manual_seed(0)
     begin = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    groups = parameter_groups(model, rule)
-    whole = [group for group in groups if group.get("whole")]
-    others = [group for group in groups if not group.get("whole")]
-    optimizers = [rule(others, False)] if others else []
-    optimizers += [rule.whole(whole)] if whole else []
+    optimizers = rule.optimizers(parameter_groups(model, rule))
     every = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] for group in every]
     for step, rate in enumerate(RATES):

@@ -136,12 +136,7 @@ def measure(config: RunConfig, steps: int) -> dict[str, dict[str, np.ndarray]]:
     plan = supply(config, objective, prepared)
     vocabulary = read_manifest(prepared)["vocabulary_size"]
     model = build_model(config, vocabulary)
-    groups = parameter_groups(model, rule, scales(config, model, vocabulary, rule))
-    parts = [
-        (rule, [g for g in groups if not g.get("whole")]),
-        (rule.whole, [g for g in groups if g.get("whole")]),
-    ]
-    optimizers = [make(own, False) if make is rule else make(own) for make, own in parts if own]
+    optimizers = rule.optimizers(parameter_groups(model, rule, scales(config, model, vocabulary, rule)))
     batch_size: dict[str, Any] = {"micro_batch": config.global_batch, "rank": 0, "world_size": 1}
     loader = Loader(plan.packing, plan.order, plan.collate, ahead=0, **batch_size)
     (probe,) = loader.step(0)

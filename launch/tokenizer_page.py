@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import mean
@@ -15,6 +15,7 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from launch.report_page import NONE, count, si, style
+from launch.study_page import table as html_table
 
 TEMPLATE = Path(__file__).with_name("tokenizer_template.html")
 LEAST_SHARE = 0.01  # of the held-out bytes, below which a source or language is not shown by itself
@@ -113,7 +114,7 @@ def _table(tokenizers: Sequence[Own]) -> str:
         " what the training text holds of it. Encoding: on all cores of this machine, the tokenizers taking"
         " turns; the best turn, and the median ratio to the first.</p>"
     )
-    return _html_table(["", *columns], rows) + note
+    return html_table(["", *columns], rows) + note
 
 
 def _bits_cell(own: Own) -> str:
@@ -185,13 +186,4 @@ def _groups(results: dict[str, Any], kind: str, title: str) -> str:
         note += " A language that documents do not tell is guessed." if guessed else ""
     names = (html.escape(own["name"]) + ("" if own["lossless"] else "*") for own in tokenizers)
     head = [kind, "held-out text", *names]
-    return f'<h2>{title}</h2><p class="faint">{note}</p>{_html_table(head, rows)}' if rows else NONE
-
-
-def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML; the first of a row names it."""
-    columns = "".join(f"<th>{name}</th>" for name in head)
-    body = "".join(
-        f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, *cells in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<h2>{title}</h2><p class="faint">{note}</p>{html_table(head, rows)}' if rows else NONE

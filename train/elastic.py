@@ -9,7 +9,6 @@ with each parameter group's own weight decay (under ZeRO-3 that one gives all gr
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.engine import MASTER, TRUSTED, Engine, rule_states
+from train.engine import MASTER, TRUSTED, Engine, read, rule_states
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def redistribute(engine: Engine, folder: Path, zero_stage: int) -> None:
 
 
 def _unsharded(folder: Path, group_names: list[list[str]]) -> Shards:
-    saved = _load(folder / "mp_rank_00_model_states.pt")
+    saved = read(folder / "mp_rank_00_model_states.pt")
     wrapped = "optimizer_state_dict" in saved["optimizer"]  # in half precision, beside fp32 masters
     optimizer = saved["optimizer"]["optimizer_state_dict"] if wrapped else saved["optimizer"]
     names = [name for group in group_names for name in group]
@@ -97,7 +96,7 @@ def _stages_1_and_2(folder: Path) -> Shards:
 def _stage_3(folder: Path) -> Shards:
     ranks = [saved["optimizer_state_dict"] for saved in _optimizer_files(folder)]
     states = [saved["optimizer_state_dict"]["state"] for saved in ranks]
-    shapes = _load(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
+    shapes = read(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
 
     def parameters() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for group, members in enumerate(shapes):
@@ -124,14 +123,7 @@ def _optimizer_files(folder: Path) -> list[dict[str, Any]]:
     found = {
         int(path.name.split("pp_rank_")[1].split("_")[0]): path for path in folder.glob("*_optim_states.pt")
     }
-    return [_load(found[rank]) for rank in sorted(found)]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: refused to load it, for it holds what a checkpoint does not") from None
+    return [read(found[rank]) for rank in sorted(found)]
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -628,11 +628,15 @@ def _state_of(states: dict[Tensor, dict[str, Any]], holder: Tensor, key: str) ->
 
 def rule_states(folder: Path) -> list[dict[str, Any]]:
     """Of every rank, what a checkpoint holds beside DeepSpeed's files. Raises ValueError on anything else."""
-    paths = sorted(folder.glob(RULE.format("*")))
+    return [read(path) for path in sorted(folder.glob(RULE.format("*")))]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint, mapped into memory. Raises ValueError where it holds what none does."""
     try:
-        return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{folder}: refused to load it, for it holds what a checkpoint does not") from None
+        raise ValueError(f"{path}: refused to load it, for it holds what a checkpoint does not") from None
 
 
 class _Files(CheckpointEngine):

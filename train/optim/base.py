@@ -57,6 +57,12 @@ class Rule:
         """The optimizer over whole parameters."""
         raise NotImplementedError
 
+    def optimizers(self, groups: Groups) -> list[torch.optim.Optimizer]:
+        """Those of both kinds over groups of whole parameters, as on one process without an engine."""
+        whole = [group for group in groups if group.get("whole")]
+        others = [group for group in groups if not group.get("whole")]
+        return ([self(others, False)] if others else []) + ([self.whole(whole)] if whole else [])
+
     def average(self, weights: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Have the weights that are stepped be those that are evaluated, in place. state: the optimizer's, of
         these weights; empty before the first step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
+from launch.launchers import Process
 from launch.report_page import duration
 from train.stop import INTERRUPTED, REQUEUE, current
 
@@ -24,7 +24,7 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...
 
-    def start(self, slot: int) -> subprocess.Popen[bytes]:
+    def start(self, slot: int) -> Process:
         """Its process. slot: a number that no other has that runs beside it."""
 
     def told(self, code: int) -> str:
@@ -37,7 +37,7 @@ class Pool:
     def __init__(self, tasks: Sequence[Task], console: Console, slots: int) -> None:
         self.total, self.console, self.slots = len(tasks), console, slots
         self.waiting, self.free = deque(tasks), deque(range(slots))
-        self.running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}  # by slot, with their start
+        self.running: dict[int, tuple[Process, float]] = {}  # by slot, with their start
         self.seconds: list[float] = []  # of those that have ended
         # The task that has ended, with its slot and exit code; or None and the number of a signal.
         self.events: SimpleQueue[tuple[Task | None, int, int]] = SimpleQueue()
@@ -79,7 +79,7 @@ class Pool:
         now = f"{len(self.running)} running, {self._eta()}"
         self.progress.update(self.bar, completed=len(self.seconds), now=now)
 
-    def _wait(self, task: Task, slot: int, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self, task: Task, slot: int, process: Process) -> None:
         self.events.put((task, slot, process.wait()))
 
     def _signalled(self, number: int) -> None:

@@ -11,10 +11,8 @@ import hashlib
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,16 +22,15 @@ from rich.console import Console
 
 from data.cli import instantiate
 from data.prepare import prepare
+from launch.launchers import OUTPUT, Here, Launcher, Process
 from launch.overrides import composing, spelled
 from launch.pool import Pool
 from train.config import RunConfig, check_device, check_world, from_hydra, to_container
-from train.ranks import bound_to
 from train.records import Record, read_metrics
 from train.rundir import RunDir
 from train.start import build_model
 
 ALONE = ("engine.ranks=1", "engine.threads=1")  # for a run that does not say otherwise
-OUTPUT = "output.txt"  # in a run's directory: what its processes said
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,27 @@ def run_all(
             have ended, that runs have failed.
         SystemExit: with REQUEUE or INTERRUPTED, after a signal that was passed on to the runs.
     """
-    jobs = _jobs(planned, folder)
+    found = attempt(planned, folder, console, parallel)
+    ended = [trained for trained in found if trained]
+    if failed := len(found) - len(ended):
+        raise ValueError(
+            f"{failed} of {len(found)} runs failed, see above; the same command tries them again"
+        )
+    return ended
+
+
+def attempt(
+    planned: Sequence[Planned],
+    folder: Path,
+    console: Console,
+    parallel: int | None = None,
+    launcher: Launcher | None = None,
+) -> list[Trained | None]:
+    """As `run_all`, for who goes on without those that failed: each of them is None, and was told.
+
+    launcher: how the runs' processes are started; None: on this machine.
+    """
+    jobs = _jobs(planned, folder, launcher)
     missing = [job for job in jobs if not job.trained()]
     if len(missing) < len(jobs):
         console.print(f"{len(jobs) - len(missing)} of {len(jobs)} runs: trained before")
@@ -89,10 +106,7 @@ def run_all(
     if once:
         parallel = parallel or min(at_a_time(job.config) for job in missing)
         Pool(list(once.values()), console, parallel).work()
-    found = [trained for job in jobs if (trained := job.trained())]
-    if failed := len(jobs) - len(found):
-        raise ValueError(f"{failed} of {len(jobs)} runs failed, see above; the same command tries them again")
-    return found
+    return [job.trained() for job in jobs]
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,7 @@ class _Job:
     planned: Planned
     config: RunConfig
     directory: Path
+    launcher: Launcher = field(default_factory=Here)
 
     @property
     def name(self) -> str:
@@ -129,20 +144,12 @@ class _Job:
             own["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         return {**os.environ, **own}
 
-    def start(self, slot: int) -> subprocess.Popen[bytes]:
-        """Its command in a process that ends with ours."""
+    def start(self, slot: int) -> Process:
+        """Its command, in a process of the launcher's kind."""
         own = f"name={spelled(self.directory.name)}", f"directory={spelled(str(self.directory))}"
         self.directory.mkdir(parents=True, exist_ok=True)
-        with open(self.directory / OUTPUT, "ab") as output:
-            return subprocess.Popen(
-                [sys.executable, "-m", "train", *ALONE, *self.planned.overrides, *own],
-                env=self.environment(slot),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # a terminal's Ctrl-C reaches it through us alone
-                preexec_fn=bound_to(os.getpid()),
-            )
+        arguments, ranks = (*ALONE, *self.planned.overrides, *own), self.config.engine.ranks or 1
+        return self.launcher.start(arguments, ranks, self.environment(slot), self.directory)
 
     def told(self, code: int) -> str:
         """How the run ended, in a line. code: its process's."""
@@ -155,7 +162,7 @@ class _Job:
         return f"failed with exit code {code}: {last.strip()} (see {output})"
 
 
-def _jobs(planned: Sequence[Planned], folder: Path) -> list[_Job]:
+def _jobs(planned: Sequence[Planned], folder: Path, launcher: Launcher | None = None) -> list[_Job]:
     """The runs with their configs and directories; their data is prepared."""
     configs = [one.config() for one in planned]
     for config in configs:
@@ -173,7 +180,7 @@ def _jobs(planned: Sequence[Planned], folder: Path) -> list[_Job]:
         key = hashlib.sha256(content.encode()).hexdigest()[:12]
         if key not in directories:
             directories[key] = next(folder.glob(f"*-{key}"), folder / f"{one.name}-{key}")
-        jobs.append(_Job(one, config, directories[key]))
+        jobs.append(_Job(one, config, directories[key], launcher or Here()))
     return jobs
 
 

@@ -1,0 +1,163 @@
+"""The commands that read a table of runs: fit, report, forecast (conf/laws.yaml)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from data.cli import one_line_errors
+from data.files import write
+from launch.overrides import split
+from launch.report_page import NONE, count, si
+from launch.request import CONF
+from launch.scaling import forecast as forecasts
+from launch.scaling import laws
+from launch.scaling.laws import Request
+from launch.scaling.page import CONSTANTS, finding, page
+from launch.scaling.table import write_rows
+
+FIT, FITS, REPORT, FORECAST = "fit.json", "fits.csv", "report.html", "forecast"
+QUANTITIES = {"budget": "compute", "parameters": "parameters", "tokens": "tokens", "loss": "loss"}
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="laws")
+@one_line_errors
+def fit(node: DictConfig) -> None:
+    request, console = _request(node), Console(highlight=False)
+    found = laws.fit(request, console)
+    directory = Path(request.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write(directory / FIT, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_rows(directory / FITS, rows(found))
+    for line in [*finding(found), *found["notes"]]:
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"{directory / FIT}; python -m launch.scaling report shows it", soft_wrap=True)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="laws")
+@one_line_errors
+def report(node: DictConfig) -> None:
+    request, console = _request(node), Console(highlight=False)
+    path = Path(request.directory) / FIT
+    if not path.exists():
+        raise ValueError(
+            f"directory: {request.directory} has no {FIT}; python -m launch.scaling fit makes it"
+        )
+    found = json.loads(path.read_text())
+    target = path.with_name(REPORT)
+    write(target, page(found))
+    for line in finding(found)[:1]:
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(str(target), soft_wrap=True)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="laws")
+@one_line_errors
+def forecast(node: DictConfig) -> None:
+    request, console = _request(node), Console(highlight=False)
+    if request.budget is request.parameters is request.unique_tokens is None:
+        raise ValueError("budget: is not set, for example budget=1e21; or set parameters, or unique_tokens")
+    fitted, notes = laws.for_forecast(request)
+    found: dict[str, Any] = {}
+    if request.budget is not None:
+        found["budget"] = forecasts.at_budget(fitted, request.budget)
+    if request.parameters is not None:
+        found["size"] = forecasts.at_size(fitted, request.parameters)
+    if request.unique_tokens is not None:
+        found["data"] = forecasts.at_data(fitted, request.unique_tokens, request.budget)
+    directory = Path(request.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write(directory / f"{FORECAST}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    told = told_rows(found)
+    write_rows(directory / f"{FORECAST}.csv", told)
+    console.print(_table(told))
+    for line in [*_remarks(request, fitted, found), *notes]:
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"{directory / FORECAST}.json and .csv", soft_wrap=True)
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every fitted constant with its interval: a row each."""
+    table = []
+    if law := found["parametric"]:
+        for name in CONSTANTS:
+            low, high = law["intervals"][name]
+            table.append(_row("parametric", name, law["fit"][name], low, high))
+    for method, law in found["isoflop"].items():
+        for key in ("parameters", "tokens", "loss") if law else ():
+            name = f"IsoFLOP, {method}"
+            table.append(_row(name, f"{key}, coefficient", law[key]["coefficient"], None, None))
+            table.append(_row(name, f"{key}, exponent", *law[key]["exponent"].values()))
+    if law := found["frontier"]:
+        for key in ("parameters", "tokens"):
+            table.append(_row("training curves", f"{key}, exponent", *law[key]["exponent"].values()))
+    return table
+
+
+def _row(law: str, constant: str, value: Any, low: Any, high: Any) -> dict[str, Any]:
+    return {"law": law, "constant": constant, "value": value, "low": low, "high": high}
+
+
+def told_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A forecast's quantities with their intervals: a row each."""
+    table = []
+    for what, own in found.items():
+        for key in QUANTITIES:
+            if isinstance(own.get(key), dict):
+                table.append({"of": what, "quantity": key, **own[key]})
+        for key, estimate in own.get("isoflop", {}).items():
+            table.append({"of": f"{what}, IsoFLOP", "quantity": key, **estimate})
+        for off in own.get("off", ()):
+            table.append({"of": f"{off['times']:g} x the size", "quantity": "loss lost", **off["loss"]})
+            table.append({"of": f"{off['times']:g} x the size", "quantity": "compute lost", **off["wasted"]})
+        for key, value in own.get("repeated", {}).items():
+            table.append(
+                {"of": f"{what}, repeated", "quantity": key, "value": value, "low": None, "high": None}
+            )
+    return table
+
+
+def _table(told: list[dict[str, Any]]) -> Table:
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for column, justify in (("", "left"), ("", "left"), ("forecast", "right"), ("95 % interval", "right")):
+        shown.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in told:
+        low, high = (_shown(row["quantity"], row[key]) for key in ("low", "high"))
+        between = f"{low} to {high}" if row["low"] is not None else NONE
+        shown.add_row(row["of"], row["quantity"], _shown(row["quantity"], row["value"]), between)
+    return shown
+
+
+def _shown(quantity: str, value: float | None) -> str:
+    if value is None or quantity in ("parameters", "tokens"):
+        return count(value)
+    if quantity == "budget":
+        return si(value, "FLOP")
+    if quantity == "compute lost":
+        return f"{value:.1%}"
+    return f"{value:.4f}"
+
+
+def _remarks(request: Request, fitted: forecasts.Fitted, found: dict[str, Any]) -> list[str]:
+    lines = []
+    if request.budget is not None:
+        beyond = found["budget"]["beyond"]
+        if beyond > forecasts.DOUBTFUL:
+            lines.append(
+                f"The budget is {beyond:,.0f} times the largest that was fitted: the intervals hold only if"
+                " the law keeps its form that far, which no run shows."
+            )
+    if request.unique_tokens is not None and request.budget is not None and fitted.constrained is None:
+        lines.append("Nothing is said of repeated data, for no fitted run repeats its own.")
+    return lines
+
+
+def _request(node: DictConfig) -> Request:
+    request, _ = split(node, Request)
+    return request

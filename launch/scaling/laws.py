@@ -1,0 +1,259 @@
+"""All laws through one table of runs, with the judgement of the budget that they have not seen.
+
+A law that a table does not allow is not there, and a line says why; the others are fitted all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from launch.scaling import constrained, conventions, frontier, identifiability, isoflop, judgement, parametric
+from launch.scaling.forecast import Fitted
+from launch.scaling.minima import SIZES, Curve
+from launch.scaling.parametric import Fit, Law
+from launch.scaling.table import Points, read
+
+METHOD = "parabola"  # whose power laws a forecast shows
+DRAWN = 60  # points of a line
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The keys of conf/laws.yaml."""
+
+    study: str | None
+    directory: str
+    table: str
+    curves: str | None
+    columns: dict[str, str]
+    drop_highest: int
+    hold_out: bool
+    grid: bool
+    resamples: int
+    seed: int
+    budget: float | None
+    parameters: float | None
+    unique_tokens: float | None
+
+    def __post_init__(self) -> None:
+        if self.resamples < 100:
+            raise ValueError(f"resamples: {self.resamples} are too few for an interval; give 100 or more")
+        if self.drop_highest < 0:
+            raise ValueError(
+                f"drop_highest: {self.drop_highest} is below 0; give how many losses to leave out"
+            )
+        for key in ("budget", "parameters", "unique_tokens"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{key}: {value} is not a positive number; give such as 1e21")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The table's runs. kept: without the highest losses. fitted: of these, what laws are fitted to."""
+
+    every: Points
+    kept: Points
+    fitted: Points
+
+
+def runs_of(request: Request) -> Runs:
+    """Raises ValueError, OSError: as `table.read`; or nothing would be left."""
+    every = read(request.table, request.columns)
+    if request.drop_highest >= len(every):
+        raise ValueError(f"drop_highest: {request.drop_highest} of {len(every)} runs leaves none; give fewer")
+    kept = every.without_highest(request.drop_highest)
+    budgets = np.unique(kept.budget)
+    fitted = kept.select(kept.budget < budgets[-1]) if request.hold_out and len(budgets) > 1 else kept
+    return Runs(every, kept, fitted)
+
+
+def fit(request: Request, console: Console) -> dict[str, Any]:
+    """Everything that fit.json holds, and the report shows.
+
+    Raises:
+        ValueError: what is wrong with a key or the table, in one line; or no law can be fitted.
+        OSError: the table cannot be read.
+    """
+    runs, notes = runs_of(request), list[str]()
+
+    def attempted(name: str, make: Callable[[], Found]) -> Found | None:
+        try:
+            return make()
+        except ValueError as error:
+            notes.append(f"{name}: {error}")
+            return None
+
+    def seconds(name: str, make: Callable[[], Found]) -> Found | None:
+        with console.status(name):
+            return attempted(name, make)
+
+    fitted = runs.fitted
+    found: dict[str, Any] = {
+        "request": dataclasses.asdict(request),
+        "runs": {"table": len(runs.every), "kept": len(runs.kept), "fitted": len(fitted)},
+        "shared": runs.every.shared,
+        "points": _rows(runs),
+        "parametric": attempted("parametric law", lambda: _parametric(request, runs, console)),
+        "isoflop": {
+            method: seconds(f"IsoFLOP law by {method}", partial(_isoflop, request, fitted, method))
+            for method in SIZES
+        },
+        "frontier": seconds("minimum over training curves", lambda: _frontier(request)),
+        "constrained": seconds("law of repeated data", lambda: _constrained(request, fitted)),
+        "conventions": seconds("conventions", lambda: _conventions(request, fitted)),
+        "judgement": None,
+    }
+    if request.hold_out:
+        found["judgement"] = seconds("judgement", partial(_judgement, request, runs.kept))
+    if found["parametric"] is None and not any(found["isoflop"].values()):
+        raise ValueError(f"{request.table}: no law can be fitted; {'; '.join(notes)}")
+    return found | {"notes": [*runs.every.notes, *notes]}
+
+
+def for_forecast(request: Request) -> tuple[Fitted, list[str]]:
+    """The laws that a forecast needs, and why some are not there. Raises ValueError as `fit`."""
+    points, notes = runs_of(request).fitted, list[str]()
+    law = parametric.fit(points, grid=False)
+    resampled = parametric.bootstrap(points, law, request.resamples, request.seed)
+    powers, repeated = None, None
+    try:
+        powers = isoflop.fit(points, METHOD, seed=request.seed)
+    except ValueError as error:
+        notes.append(f"IsoFLOP law: {error}")
+    try:
+        repeated = constrained.fit(points, law)
+    except ValueError as error:
+        notes.append(f"law of repeated data: {error}")
+    per = points.flops / (points.parameters * points.tokens)
+    middle = float(np.exp(np.log(per).mean()))
+    if max(per.max() / middle, middle / per.min()) > 1.1:
+        notes.append(
+            f"a token costs the runs {per.min():.3g} to {per.max():.3g} FLOP for each parameter, and larger"
+            f" models nearer to 6: the forecast counts {middle:.3g}"
+        )
+    return Fitted(law, resampled, powers, repeated, middle, float(points.flops.max())), notes
+
+
+def _rows(runs: Runs) -> list[dict[str, Any]]:
+    """Every run, and what has become of it."""
+    kept, fitted = set(runs.kept.names), set(runs.fitted.names)
+    return [
+        {
+            "name": name,
+            **{
+                key: float(getattr(runs.every, key)[i])
+                for key in ("parameters", "tokens", "flops", "loss", "budget")
+            },
+            "use": "fitted" if name in fitted else "held out" if name in kept else "left out",
+        }
+        for i, name in enumerate(runs.every.names)
+    ]
+
+
+def _parametric(request: Request, runs: Runs, console: Console) -> dict[str, Any]:
+    points = runs.fitted
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def bar(name: str) -> Callable[[int, int], None]:
+            task = progress.add_task(name)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        law = parametric.fit(points, grid=request.grid, progress=bar("starts of the parametric law"))
+        resampled = parametric.bootstrap(points, law, request.resamples, request.seed, bar("its resamples"))
+    profiled = identifiability.profiles(points, law, resampled, request.seed)
+    found = {
+        "fit": law.as_json(),
+        "intervals": {name: _ends(ends) for name, ends in resampled.intervals().items()},
+        "profiles": {name: profile.as_json() for name, profile in profiled.items()},
+        "correlations": identifiability.correlations(resampled),
+        "warnings": identifiability.warnings(points, law, resampled, profiled),
+        "residuals": dict(zip(points.names, law.residuals(points).tolist(), strict=True)),
+        "lines": _lines(law, points),
+        "with_all": None,
+    }
+    if len(runs.every) > len(runs.kept):
+        budgets = set(np.unique(points.budget))
+        whole = runs.every.select(np.array([one in budgets for one in runs.every.budget]))
+        found["with_all"] = _with_all(request, whole)
+    return found
+
+
+def _with_all(request: Request, points: Points) -> dict[str, Any]:
+    """The law with the runs that were left out."""
+    law = parametric.fit(points, grid=False)
+    resampled = parametric.bootstrap(points, law, request.resamples, request.seed)
+    intervals = {name: _ends(ends) for name, ends in resampled.intervals().items()}
+    return {"fit": law.as_json(), "intervals": intervals}
+
+
+def _lines(law: Fit | Law, points: Points) -> list[dict[str, Any]]:
+    """The law along each budget's runs, to be drawn."""
+    found = []
+    for budget, runs in points.isoflops():
+        if len(np.unique(runs.parameters)) < 3:
+            continue
+        curve = Curve.of(budget, runs)
+        sizes = np.linspace(curve.sizes[0], curve.sizes[-1], DRAWN)
+        n, d = np.exp(sizes), np.exp(curve.log_tokens(sizes))
+        found.append({"budget": budget, "parameters": n.tolist(), "loss": law.loss(n, d).tolist()})
+    return found
+
+
+def _judgement(request: Request, points: Points) -> dict[str, Any]:
+    return judgement.judge(points, resamples=request.resamples, seed=request.seed).as_json()
+
+
+def _isoflop(request: Request, points: Points, method: str) -> dict[str, Any]:
+    law = isoflop.fit(points, method, seed=request.seed)
+    lines = []
+    for budget, runs in points.isoflops():
+        curve = Curve.of(budget, runs)
+        if len(curve.sizes) >= SIZES[method]:
+            n, loss = curve.line(method, runs.loss)
+            step = max(1, len(n) // DRAWN)
+            lines.append({"budget": budget, "parameters": n[::step].tolist(), "loss": loss[::step].tolist()})
+    return law.as_json() | {"lines": lines}
+
+
+def _frontier(request: Request) -> dict[str, Any] | None:
+    if request.curves is None or not Path(request.curves).exists():
+        return None
+    runs = frontier.read(request.curves)
+    law = frontier.fit(runs, seed=request.seed)
+    curves = [{"name": run.name, "flops": _thinned(run.flops), "loss": _thinned(run.loss)} for run in runs]
+    return law.as_json() | {"curves": curves}
+
+
+def _constrained(request: Request, points: Points) -> dict[str, Any] | None:
+    unique = points.unique_tokens
+    if unique is None or not (unique < points.tokens).any():
+        return None  # nothing was repeated, and nothing is amiss
+    law = parametric.fit(points, grid=False)
+    return constrained.fit(points, law).as_json()
+
+
+def _conventions(request: Request, points: Points) -> dict[str, Any] | None:
+    if not conventions.available(points):
+        return None
+    refits = conventions.refit(points, seed=request.seed)
+    return {"refits": [one.as_json() for one in refits], "moved": conventions.moved(refits)}
+
+
+def _thinned(values: np.ndarray, most: int = 200) -> list[float]:
+    return [float(value) for value in values[:: max(1, len(values) // most)]]
+
+
+def _ends(ends: tuple[float, float]) -> list[float | None]:
+    return [end if math.isfinite(end) else None for end in ends]

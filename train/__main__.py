@@ -1,12 +1,13 @@
 """`python -m train [group=choice] [key=value] …`: compose the config and start the run's ranks.
 
 By itself it starts engine.ranks processes on this machine (by default one per GPU); under torchrun or
-deepspeed, which have started them already, it is one of them.
+deepspeed, which have started them already, it is one of them. With --multirun every job of a sweep is such a
+run, one after the other, in a directory of its own below the sweep's.
 """
 
 from __future__ import annotations
 
-from train.stop import STARTED, install
+from train.stop import INTERRUPTED, REQUEUE, STARTED, install
 
 if __name__ == "__main__":
     install()  # before what takes seconds to import
@@ -26,24 +27,44 @@ from omegaconf import DictConfig
 
 from data.cli import main_guard, one_line_errors
 from train.config import RunConfig, from_hydra
-from train.ranks import end_with, start
+from train.ranks import end_with, say, start
 from train.rundir import COMMAND, RunDir, command
 from train.start import begin
 
 ROOT = Path(__file__).resolve().parent.parent
+_failed: list[str] = []  # jobs of a sweep
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 @one_line_errors
 def main(node: DictConfig) -> None:
-    config = from_hydra(node)
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweep:
-        config = replace(config, directory=f"{config.directory}/{_job_name()}")
-    if "RANK" in os.environ:
-        _join(config)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _job(node, _job_name())
+    elif "RANK" in os.environ:
+        _join(from_hydra(node))
     else:
-        _launch(config, own_process=sweep)
+        _launch(from_hydra(node))
+
+
+def _job(node: DictConfig, name: str) -> None:
+    """One run of a sweep. Where it fails, that is kept for the end, and the next one is trained all the same.
+
+    Raises:
+        ValueError: this process is a rank itself.
+        SystemExit: the run was stopped, and so is the sweep.
+    """
+    if "RANK" in os.environ:
+        raise ValueError("--multirun: starts the ranks of each run (engine.ranks); leave the launcher out")
+    try:
+        config = one_line_errors(from_hydra)(node)
+        job = replace(config, directory=f"{config.directory}/{name}")
+        one_line_errors(_launch)(job, own_process=True)
+    except SystemExit as ended:
+        if ended.code in (REQUEUE, INTERRUPTED):
+            say(f"{name}: stopped, and the sweep with it; the same command goes on from here")
+            raise
+        say(f"{name}: failed")
+        _failed.append(name)
 
 
 def _job_name() -> str:
@@ -67,7 +88,7 @@ def _join(config: RunConfig) -> None:
     run(rundir)
 
 
-def _launch(config: RunConfig, own_process: bool) -> None:
+def _launch(config: RunConfig, own_process: bool = False) -> None:
     """Start the ranks: one in this process, several (or, of a sweep, any number) in their own."""
     started = time.monotonic()
     gpus = torch.cuda.device_count()
@@ -89,7 +110,15 @@ def _launch(config: RunConfig, own_process: bool) -> None:
         sys.exit(code)
 
 
+def _whole() -> None:
+    """The command: a run, or a sweep of them. Raises SystemExit where a job of a sweep failed."""
+    main()
+    if _failed:
+        told = f"{len(_failed)} of the sweep's runs failed: {'; '.join(_failed)}"
+        sys.exit(f"error: {told}; see above; the same command tries them again")
+
+
 if __name__ == "__main__":
     # The deepspeed launcher adds an argument that Hydra does not know; the environment says the same.
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    end_with(lambda: main_guard(main))
+    end_with(lambda: main_guard(_whole))

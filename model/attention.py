@@ -220,5 +220,5 @@ class Attention(nn.Module):
         if cache is not None:
             k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)
         dropout = self.dropout if self.training else 0.0
-        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, self.causal, dropout, documents, bias, self.scale)
+        out_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, self.causal, dropout, documents, bias, scale=self.scale)
         return self.project(out_BTHK.flatten(2))

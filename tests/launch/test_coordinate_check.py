@@ -35,10 +35,10 @@ def test_mup_passes_where_the_standard_parametrization_fails(tmp_path: Path) -> 
     assert checked(tmp_path, "parametrization=standard").worst()[0] > 0.6
 
 
-@pytest.mark.parametrize("part", ["rate", "logits"])
+@pytest.mark.parametrize("part", ["rate", "logits", "scores"])
 def test_a_part_that_is_missing_shows(tmp_path: Path, part: str) -> None:
     slopes = checked(tmp_path, "parametrization=mup", without=(part,))
-    assert abs(slopes.worst()[0]) > 0.5 and not slopes.passed
+    assert abs(slopes.worst()[0]) > 0.35 and not slopes.passed
 
 
 def test_the_command_writes_a_page_and_its_numbers(
@@ -52,7 +52,7 @@ def test_the_command_writes_a_page_and_its_numbers(
     content = json.loads((tmp_path / "out" / "slopes.json").read_text())
     assert content["layers"] == [2, 3]
     layers = content["slopes"]["change"]
-    assert {"embedding", "blocks.0.attention", "blocks.last.feedforward", "logits"} < layers.keys()
+    assert {"embedding", "blocks.0.attention", "blocks.last.feedforward", "logits", "scores"} < layers.keys()
     assert not any(".1." in layer or ".2." in layer for layer in layers)
     assert "<html" in (tmp_path / "out" / "report.html").read_text()[:200]
 

@@ -1,7 +1,7 @@
 """Does the best learning rate stay where it is as a model grows? A parametrization's transfer certificate.
 
     python -m launch.transfer [widths=[64,128,256]] [parametrizations=[mup,standard]]
-        [octaves=[-1,0,1,2,3,4,5]] [seeds=4] [steps=200] [key=value …]
+        [octaves=[-1,0,1,2,3,4,5]] [seeds=3] [steps=200] [key=value …]
     python -m launch.transfer depths=[2,4,8] parametrizations=[completep,standard]
 
 Trains every size with every learning rate and seed, under each parametrization, whose base is the smallest

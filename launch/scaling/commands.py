@@ -116,10 +116,8 @@ def told_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
         for off in own.get("off", ()):
             table.append({"of": f"{off['times']:g} x the size", "quantity": "loss lost", **off["loss"]})
             table.append({"of": f"{off['times']:g} x the size", "quantity": "compute lost", **off["wasted"]})
-        for key, value in own.get("repeated", {}).items():
-            table.append(
-                {"of": f"{what}, repeated", "quantity": key, "value": value, "low": None, "high": None}
-            )
+        for key, estimate in own.get("repeated", {}).items():
+            table.append({"of": f"{what}, repeated", "quantity": key, **estimate})
     return table
 
 

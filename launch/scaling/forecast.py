@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from launch.scaling.constrained import Constrained
 from launch.scaling.isoflop import Isoflop
@@ -28,12 +27,12 @@ DOUBTFUL = 100.0  # times the largest fitted budget, beyond which a forecast say
 @dataclass(frozen=True)
 class Fitted:
     """What a forecast is made from. resampled: constants [S]. per: FLOP per parameter and token. largest: the
-    largest fitted C. constrained: the law of repeated data."""
+    largest fitted C. constrained: the law of repeated data, and its resamples."""
 
     law: Fit
     resampled: Law
     isoflop: Isoflop | None
-    constrained: Constrained | None
+    constrained: tuple[Constrained, Constrained] | None
     per: float
     largest: float
 
@@ -90,12 +89,14 @@ def at_data(fitted: Fitted, unique: float, flops: float | None) -> dict[str, Any
 def _estimate(fitted: Fitted, of: Callable[[Law], np.ndarray]) -> dict[str, float | None]:
     """A function of the constants, with the interval of the resamples."""
     with np.errstate(all="ignore"):
-        value, drawn = float(of(fitted.law)), np.asarray(of(fitted.resampled))
+        return _between(of(fitted.law), of(fitted.resampled))
+
+
+def _between(value: Any, drawn: Any) -> dict[str, float | None]:
+    """drawn: [S], of the resamples."""
     low, high = interval(np.where(np.isfinite(drawn), drawn, np.nan))
-    return {
-        key: number if math.isfinite(number) else None
-        for key, number in Estimate(value, low, high)._asdict().items()
-    }
+    found = Estimate(float(value), low, high)._asdict()
+    return {key: number if math.isfinite(number) else None for key, number in found.items()}
 
 
 def _off(fitted: Fitted, flops: float, times: float) -> dict[str, Any]:
@@ -116,22 +117,10 @@ def _off(fitted: Fitted, flops: float, times: float) -> dict[str, Any]:
     return {"times": times, "loss": _estimate(fitted, excess), "wasted": _estimate(fitted, wasted)}
 
 
-def _repeated(fitted: Fitted, unique: float, flops: float) -> dict[str, float]:
+def _repeated(fitted: Fitted, unique: float, flops: float) -> dict[str, Any]:
     """The best N and D of `flops` where only `unique` tokens are to be had."""
-    law = fitted.constrained
-    assert law is not None
-    budget = flops / fitted.per
-
-    def loss(log_n: float) -> float:
-        size = math.exp(log_n)
-        return float(law.loss(size, budget / size, unique))
-
-    centre = math.log(float(fitted.law.optimum(flops, fitted.per)[0]))
-    found = minimize_scalar(loss, bounds=(centre - 6, centre + 6), method="bounded")
-    size = math.exp(found.x)
-    return {
-        "parameters": size,
-        "tokens": budget / size,
-        "epochs": max(1.0, budget / size / unique),
-        "loss": float(found.fun),
-    }
+    assert fitted.constrained is not None
+    found = [law.optimum(flops, unique, fitted.per) for law in fitted.constrained]
+    of = dict(zip(("parameters", "tokens", "loss"), zip(*found, strict=True), strict=True))
+    of["epochs"] = tuple(np.maximum(1.0, tokens / unique) for tokens in of["tokens"])
+    return {key: _between(*values) for key, values in of.items()}

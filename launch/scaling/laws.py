@@ -133,7 +133,7 @@ def for_forecast(request: Request) -> tuple[Fitted, list[str]]:
     except ValueError as error:
         notes.append(f"IsoFLOP law: {error}")
     try:
-        repeated = constrained.fit(points, law)
+        repeated = _repeated(request, points)
     except ValueError as error:
         notes.append(f"law of repeated data: {error}")
     per = points.flops / (points.parameters * points.tokens)
@@ -237,11 +237,25 @@ def _frontier(request: Request) -> dict[str, Any] | None:
 
 
 def _constrained(request: Request, points: Points) -> dict[str, Any] | None:
-    unique = points.unique_tokens
-    if unique is None or not (unique < points.tokens).any():
-        return None  # nothing was repeated, and nothing is amiss
-    law = parametric.fit(points, grid=False)
-    return constrained.fit(points, law).as_json()
+    laws = _repeated(request, points)
+    if laws is None:
+        return None
+    law, resampled = laws
+    intervals = {name: _ends(ends) for name, ends in resampled.intervals().items()}
+    return {"fit": law.as_json(), "intervals": intervals, "warnings": constrained.warnings(law, resampled)}
+
+
+def _repeated(request: Request, points: Points) -> tuple[constrained.Fit, constrained.Constrained] | None:
+    """The law of repeated data and its resamples, on the law of the runs that repeat none; None where none
+    repeats, and nothing is amiss."""
+    repeating = constrained.repeating(points)
+    if not repeating.any():
+        return None
+    new = points.select(~repeating)
+    base = parametric.fit(new, grid=False)
+    law = constrained.fit(points, base)
+    bases = parametric.bootstrap(new, base, request.resamples, request.seed)
+    return law, constrained.bootstrap(points, law, bases, request.seed)
 
 
 def _conventions(request: Request, points: Points) -> dict[str, Any] | None:

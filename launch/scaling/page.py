@@ -313,7 +313,15 @@ def _constrained(found: Found) -> list[str]:
     law = found["constrained"]
     if not law:
         return []
-    return [section("Repeated data", folded("the law's constants", yaml.safe_dump(law, sort_keys=False)))]
+    names = {"repeats": "R_D*, in repetitions", "excess": "R_N*, in models of the best size"}
+    rows = [
+        (shown, _value(law["fit"][key], (None, None)), _between(law["intervals"][key]))
+        for key, shown in names.items()
+    ]
+    table = study_page.table(("constant", "value", "95 % interval"), rows)
+    runs = law["fit"]["runs"]
+    said = f"After how many passes over the data further ones are worth less, by the {runs} runs that repeat."
+    return [section("Repeated data", paragraph(said), table, bullets(law["warnings"]))]
 
 
 def _runs(found: Found) -> str:

@@ -19,7 +19,7 @@ from launch.request import CONF
 from launch.scaling import forecast as forecasts
 from launch.scaling import laws
 from launch.scaling.laws import Request
-from launch.scaling.page import CONSTANTS, finding, page
+from launch.scaling.page import CONSTANTS, finding, page, remarks
 from launch.scaling.table import write_rows
 
 FIT, FITS, REPORT, FORECAST = "fit.json", "fits.csv", "report.html", "forecast"
@@ -35,7 +35,7 @@ def fit(node: DictConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write(directory / FIT, json.dumps(found, indent=1, allow_nan=False) + "\n")
     write_rows(directory / FITS, rows(found))
-    for line in [*finding(found), *found["notes"]]:
+    for line in [*finding(found), *remarks(found)]:
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"{directory / FIT}; python -m launch.scaling report shows it", soft_wrap=True)
 

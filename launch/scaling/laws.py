@@ -36,7 +36,7 @@ class Request:
     directory: str
     table: str
     curves: str | None
-    columns: dict[str, str]
+    columns: dict[str, str] | None
     drop_highest: int
     hold_out: bool
     grid: bool

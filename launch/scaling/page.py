@@ -17,6 +17,7 @@ from launch.study_page import Axis, Line, bullets, folded, paragraph, plot, plot
 
 Found = dict[str, Any]
 GREY = "#808080"
+FEW = 8  # budgets that have a colour each
 CONSTANTS = {
     "A": "A",
     "B": "B",
@@ -69,13 +70,19 @@ def finding(found: Found) -> list[str]:
             lines.append(
                 f"{reached:,} of {starts:,} starts reach the optimum, {law['fit']['objective']:.10g}."
             )
-        lines += law["warnings"]
     for method, law in found["isoflop"].items():
         if law:
             sizes = law["parameters"]["exponent"]
             lines.append(f"IsoFLOP minima by {method}: N grows as C^{_estimate(sizes)}.")
-            lines += law["notes"]
     return lines
+
+
+def remarks(found: Found) -> list[str]:
+    """What a reader of the laws must know, a line each."""
+    lines = list(found["parametric"]["warnings"]) if found["parametric"] else []
+    for method, law in found["isoflop"].items():
+        lines += [f"{method}: {note}" for note in law["notes"]] if law else []
+    return [*lines, *found["notes"]]
 
 
 def _value(value: float | None, ends: Sequence[float | None]) -> str:
@@ -133,20 +140,9 @@ def _isoflops(found: Found) -> list[str]:
     for method, law in laws.items():
         if not law:
             continue
-        lines = []
         curves = {line["budget"]: line for line in law["lines"]}
         shown = [budget for budget in _budgets(found) if budget in curves or _held(found, budget)]
-        for index, budget in enumerate(shown):
-            color = style(index)["color"]
-            rows = [row for row in found["points"] if row["budget"] == budget and row["use"] != "left out"]
-            name = si(budget, "FLOP") + (", held out" if _held(found, budget) else "")
-            x, y = [row["parameters"] for row in rows], [row["loss"] for row in rows]
-            symbol = "diamond-open" if _held(found, budget) else "circle"
-            text = [row["name"] for row in rows]
-            lines.append(Line(name, color, [x], y, mode="markers", symbol=symbol, text=text))
-            if budget in curves:
-                own = curves[budget]
-                lines.append(Line(f"{name}, law", color, [own["parameters"]], own["loss"], mode="lines"))
+        lines = _many(found, shown, curves) if len(shown) > FEW else _few(found, shown, curves)
         minima = [one for one in law.get("minima", ()) if one["bracketed"]]
         if minima:
             x, y = [one["parameters"] for one in minima], [one["loss"] for one in minima]
@@ -157,6 +153,39 @@ def _isoflops(found: Found) -> list[str]:
         axis = Axis("parameters", log=True)
         drawn.append(plot(title, "A point is a run.", [axis], Axis("loss (nats per token)"), lines))
     return drawn
+
+
+def _few(found: Found, budgets: Sequence[float], curves: dict[float, Found]) -> list[Line]:
+    """A colour for each budget."""
+    lines = []
+    for index, budget in enumerate(budgets):
+        color, held = style(index)["color"], _held(found, budget)
+        rows = _of(found, budget)
+        name = si(budget, "FLOP") + (", held out" if held else "")
+        x, y = [row["parameters"] for row in rows], [row["loss"] for row in rows]
+        symbol, text = "diamond-open" if held else "circle", [row["name"] for row in rows]
+        lines.append(Line(name, color, [x], y, mode="markers", symbol=symbol, text=text))
+        if budget in curves:
+            own = curves[budget]
+            lines.append(Line(f"{name}, law", color, [own["parameters"]], own["loss"], mode="lines"))
+    return lines
+
+
+def _many(found: Found, budgets: Sequence[float], curves: dict[float, Found]) -> list[Line]:
+    """One colour for all runs, one for all laws, with gaps between the budgets."""
+    rows = [row for budget in budgets for row in _of(found, budget)]
+    x, y = [row["parameters"] for row in rows], [row["loss"] for row in rows]
+    text = [f"{row['name']}, {si(row['budget'], 'FLOP')}" for row in rows]
+    along: list[Any] = [value for own in curves.values() for value in (*own["parameters"], None)]
+    losses: list[Any] = [value for own in curves.values() for value in (*own["loss"], None)]
+    return [
+        Line("runs", style(0)["color"], [x], y, mode="markers", text=text),
+        Line("law", style(1)["color"], [along], losses, mode="lines"),
+    ]
+
+
+def _of(found: Found, budget: float) -> list[Found]:
+    return [row for row in found["points"] if row["budget"] == budget and row["use"] != "left out"]
 
 
 def _held(found: Found, budget: float) -> bool:
@@ -240,13 +269,17 @@ def _between(ends: Sequence[float | None]) -> str:
 
 def _residuals(found: Found, law: Found) -> str:
     rows = [row for row in found["points"] if row["name"] in law["residuals"]]
+    budgets = sorted({row["budget"] for row in rows})
+    groups = [[row for row in rows if row["budget"] == budget] for budget in budgets]
+    names = [si(budget, "FLOP") for budget in budgets]
+    if len(groups) > FEW:
+        groups, names = [rows], ["runs"]
     lines = []
-    for index, budget in enumerate(sorted({row["budget"] for row in rows})):
-        own = [row for row in rows if row["budget"] == budget]
+    for index, (own, name) in enumerate(zip(groups, names, strict=True)):
         xs = [[row[key] for row in own] for key in ("parameters", "tokens", "flops")]
         y = [100 * law["residuals"][row["name"]] for row in own]
         text = [row["name"] for row in own]
-        lines.append(Line(si(budget, "FLOP"), style(index)["color"], xs, y, mode="markers", text=text))
+        lines.append(Line(name, style(index)["color"], xs, y, mode="markers", text=text))
     axes = [Axis(key, key, log=True) for key in ("parameters", "tokens", "compute")]
     note = "Measured loss over the predicted one: a trend says that the law has another form."
     return plot("Residuals", note, axes, Axis("residual (%)"), lines)

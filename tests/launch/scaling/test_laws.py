@@ -22,7 +22,7 @@ from launch.request import CONF
 from launch.scaling import forecast, laws
 from launch.scaling.commands import rows, told_rows
 from launch.scaling.laws import Request
-from launch.scaling.page import finding, page
+from launch.scaling.page import finding, page, remarks
 from launch.scaling.table import Points, points, write
 from tests.tiny import ROOT
 
@@ -126,7 +126,7 @@ def test_a_grid_that_brackets_no_minimum_is_said_and_left_out(folder: Path) -> N
     law = found["isoflop"]["parabola"]
     assert [one["bracketed"] for one in law["minima"]] == [True, False, True, True]
     assert "add larger ones" in law["minima"][1]["reason"] and law["minima"][1]["parameters"] is None
-    assert any("do not bracket" in line for line in finding(found))
+    assert any("do not bracket" in line for line in remarks(found))
 
 
 def test_a_forecast_is_that_of_the_planted_law(folder: Path) -> None:

@@ -96,11 +96,11 @@ def attempt(
 
     launcher: how the runs' processes are started; None: on this machine.
     """
-    jobs = _jobs(planned, folder, launcher)
+    jobs = jobs_of(planned, folder, launcher)
     missing = [job for job in jobs if not job.trained()]
     if len(missing) < len(jobs):
         console.print(f"{len(jobs) - len(missing)} of {len(jobs)} runs: trained before")
-    once: dict[Path, _Job] = {}
+    once: dict[Path, Job] = {}
     for job in missing:
         once.setdefault(job.directory, job)
     if once:
@@ -110,7 +110,7 @@ def attempt(
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A planned run and where it lies; a task of the pool."""
 
     planned: Planned
@@ -162,7 +162,7 @@ class _Job:
         return f"failed with exit code {code}: {last.strip()} (see {output})"
 
 
-def _jobs(planned: Sequence[Planned], folder: Path, launcher: Launcher | None = None) -> list[_Job]:
+def jobs_of(planned: Sequence[Planned], folder: Path, launcher: Launcher | None = None) -> list[Job]:
     """The runs with their configs and directories; their data is prepared."""
     configs = [one.config() for one in planned]
     for config in configs:
@@ -180,7 +180,7 @@ def _jobs(planned: Sequence[Planned], folder: Path, launcher: Launcher | None = 
         key = hashlib.sha256(content.encode()).hexdigest()[:12]
         if key not in directories:
             directories[key] = next(folder.glob(f"*-{key}"), folder / f"{one.name}-{key}")
-        jobs.append(_Job(one, config, directories[key], launcher or Here()))
+        jobs.append(Job(one, config, directories[key], launcher or Here()))
     return jobs
 
 

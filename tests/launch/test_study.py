@@ -14,7 +14,7 @@ from rich.console import Console
 
 from data.cli import one_line
 from launch.overrides import as_typed, composing, exactly, refuse, spelled, top
-from launch.study import OUTPUT, Planned, Trained, _Job, at_a_time, run_all
+from launch.study import OUTPUT, Job, Planned, Trained, at_a_time, run_all
 from tests.tiny import ROOT, corpus, overrides
 from train.config import Horizon, from_hydra, load
 from train.lock import Lock
@@ -163,12 +163,12 @@ def test_as_many_at_a_time_as_the_cores_have_threads_for(
 
 
 def test_each_run_has_gpus_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gpus(job: _Job) -> list[str | None]:
+    def gpus(job: Job) -> list[str | None]:
         return [job.environment(slot).get("CUDA_VISIBLE_DEVICES") for slot in range(3)]
 
     one = planned(folder, "one")
     two = Planned("two", (*one.overrides, "engine.ranks=2"))
-    single, double = (_Job(each, each.config(), folder) for each in (one, two))
+    single, double = (Job(each, each.config(), folder) for each in (one, two))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert gpus(single) == [None] * 3

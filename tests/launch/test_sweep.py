@@ -24,9 +24,10 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from data.cli import one_line
 from launch.overrides import composing
+from launch.search import FILE, Search, Sweep
 from launch.search_space import METRIC, overrides, settings, space
-from launch.study import _Job
-from launch.sweep import FILE, Search, Sweep, exported, search, sweep_of
+from launch.study import Job
+from launch.sweep import exported, search, sweep_of
 from launch.sweep_page import finding, page, ranked, table
 from tests.tiny import ROOT, corpus
 from tests.tiny import overrides as tiny
@@ -291,12 +292,12 @@ def test_a_rank_is_no_place_for_hydras_sweep(tmp_path: Path, monkeypatch: pytest
 # Trials that are made up
 
 
-def loss_of(job: _Job) -> float:
+def loss_of(job: Job) -> float:
     """What a made-up run ends with: lowest at a learning rate of 3e-3."""
     return 3 + math.log10(job.config.optim["learning_rate"] / 3e-3) ** 2
 
 
-def write_records(job: _Job, *evaluations: tuple[int, float | None], end: str | None = "finish") -> None:
+def write_records(job: Job, *evaluations: tuple[int, float | None], end: str | None = "finish") -> None:
     """What a run of 6 steps leaves."""
     job.directory.mkdir(parents=True, exist_ok=True)
     (job.directory / "environment.json").write_text(json.dumps({"total_steps": 6}))
@@ -311,11 +312,11 @@ def write_records(job: _Job, *evaluations: tuple[int, float | None], end: str | 
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[_Job]:
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The jobs that were started. Each ends at once, as a whole run; above a rate of 0.05 it diverges."""
-    jobs: list[_Job] = []
+    jobs: list[Job] = []
 
-    def start(job: _Job, slot: int) -> subprocess.Popen[bytes]:
+    def start(job: Job, slot: int) -> subprocess.Popen[bytes]:
         jobs.append(job)
         if job.config.optim["learning_rate"] > 0.05:
             write_records(job, end="nonfinite")
@@ -323,7 +324,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[_Job]:
             write_records(job, (3, loss_of(job) + 1), (6, loss_of(job)))
         return subprocess.Popen([sys.executable, "-c", ""])
 
-    monkeypatch.setattr("launch.study._Job.start", start)
+    monkeypatch.setattr("launch.study.Job.start", start)
     return jobs
 
 
@@ -336,7 +337,7 @@ def said(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_a_search_finds_the_lowest_loss_and_goes_on_as_if_unbroken(folder: Path, started: list[_Job]) -> None:
+def test_a_search_finds_the_lowest_loss_and_goes_on_as_if_unbroken(folder: Path, started: list[Job]) -> None:
     found = f"{{{RATE},optim.weight_decay:{{values:[0.0,0.1]}}}}"
     more = "workers=1", "startup=5", "pruning.finished=null"
     console = listening()
@@ -363,7 +364,7 @@ def test_a_search_finds_the_lowest_loss_and_goes_on_as_if_unbroken(folder: Path,
     assert f"{best['loss']:.4f}" in shown.get() and len(shown.get().splitlines()) == 6
 
 
-def test_what_another_process_left_begun_goes_on_under_its_number(folder: Path, started: list[_Job]) -> None:
+def test_what_another_process_left_begun_goes_on_under_its_number(folder: Path, started: list[Job]) -> None:
     given = folder, "left", f"{{{RATE}}}", "workers=2", "trials=3"
     (folder / "left").mkdir()
     first = Search(asked(*given))
@@ -378,7 +379,7 @@ def test_what_another_process_left_begun_goes_on_under_its_number(folder: Path, 
     assert len(started) == 3 and {one["state"] for one in results["trials"]} <= {"finished", "diverged"}
 
 
-def test_a_grid_is_all_points_once_and_equal_ones_are_one_run(folder: Path, started: list[_Job]) -> None:
+def test_a_grid_is_all_points_once_and_equal_ones_are_one_run(folder: Path, started: list[Job]) -> None:
     found = "{optim.learning_rate:{values:[1e-3,2e-3]},model.heads:{values:[2,3]}}"
     given = folder, "grid", found, "sampler=grid", "workers=2"
     results = search(asked(*given), listening())
@@ -407,7 +408,7 @@ def test_a_grid_is_all_points_once_and_equal_ones_are_one_run(folder: Path, star
     ],
 )
 def test_another_search_is_refused_in_its_directory(
-    folder: Path, started: list[_Job], more: tuple[str, ...], key: str
+    folder: Path, started: list[Job], more: tuple[str, ...], key: str
 ) -> None:
     search(asked(folder, "taken", f"{{{RATE}}}", "workers=1", "trials=1"), listening())
     with pytest.raises(ValueError, match=r"^.* is not what .*/taken was started with, ") as caught:
@@ -423,7 +424,7 @@ def test_a_failed_run_is_tried_again_and_one_worse_than_the_median_is_not_starte
     given = folder, "failed", f"{{optim.learning_rate:{{values:[{values}]}}}}", "workers=1", "trials=7"
     count = 0
 
-    def start(job: _Job, slot: int) -> subprocess.Popen[bytes]:
+    def start(job: Job, slot: int) -> subprocess.Popen[bytes]:
         nonlocal count
         count += 1
         job.directory.mkdir(parents=True, exist_ok=True)
@@ -433,21 +434,21 @@ def test_a_failed_run_is_tried_again_and_one_worse_than_the_median_is_not_starte
         write_records(job, (3, 4.0), (6, 3.0))
         return subprocess.Popen([sys.executable, "-c", ""])
 
-    monkeypatch.setattr("launch.study._Job.start", start)
-    monkeypatch.setattr("launch.sweep.TPESampler", lambda seed, n_startup_trials: Each())
+    monkeypatch.setattr("launch.study.Job.start", start)
+    monkeypatch.setattr("launch.search.TPESampler", lambda seed, n_startup_trials: Each())
     console = listening()
     results = search(asked(*given, "trials=6"), console)
     assert [one["state"] for one in results["trials"]] == ["finished"] * 5 + ["unfinished"]
     assert "failed with exit code 1: error: disk: is full" in said(console)
 
-    def worse(job: _Job, slot: int) -> subprocess.Popen[bytes]:
+    def worse(job: Job, slot: int) -> subprocess.Popen[bytes]:
         raise AssertionError("is not to be started")
 
     left = Path(results["trials"][5]["directory"])
     (left / "environment.json").write_text(json.dumps({"total_steps": 6}))
     record = {"kind": "eval", "step": 3, "loss": 4.5, "elapsed_s": 1.0}
     (left / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    monkeypatch.setattr("launch.study._Job.start", worse)
+    monkeypatch.setattr("launch.study.Job.start", worse)
     results = search(asked(*given, "trials=6"), listening())
     assert [one["state"] for one in results["trials"]] == ["finished"] * 5 + ["pruned"]
     assert results["trials"][5]["said"] == "above the median at step 3"

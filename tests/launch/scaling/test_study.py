@@ -30,7 +30,7 @@ from launch.scaling.shapes import scientific, short
 from launch.scaling.study import OWN, Plan, plan_of
 from launch.scaling.table import read
 from launch.scaling.training import CURVES, POINTS, train
-from launch.study import _jobs
+from launch.study import jobs_of
 from tests.tiny import ROOT, corpus
 from train.config import load
 from train.lock import Lock
@@ -238,7 +238,9 @@ def whole(folder: Path) -> tuple[str, Path]:
     after the same command."""
     planned, console, directory = plan(folder), listening(), folder / "whole"
     held = next(
-        job for job in _jobs([run.planned for run in planned.runs], folder / "trials") if "2.4e9" in job.name
+        job
+        for job in jobs_of([run.planned for run in planned.runs], folder / "trials")
+        if "2.4e9" in job.name
     )
     held.directory.mkdir(parents=True)
     lock = Lock(held.directory)
@@ -265,7 +267,7 @@ def test_points_are_what_was_trained(folder: Path, whole: tuple[str, Path]) -> N
     planned, points = plan(folder), read(whole[1] / POINTS)
     assert points.names == [run.name for run in planned.runs]
     for index, (run, job) in enumerate(
-        zip(planned.runs, _jobs([run.planned for run in planned.runs], folder / "trials"), strict=True)
+        zip(planned.runs, jobs_of([run.planned for run in planned.runs], folder / "trials"), strict=True)
     ):
         last = [
             record for record in read_metrics(job.directory / "metrics.jsonl") if record["kind"] == "eval"

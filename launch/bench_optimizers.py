@@ -2,9 +2,9 @@
 
     python -m launch.bench_optimizers [--rules adamw muon …] [--steps 20] [--shape small|large] [--json FILE]
 
-Every rule of conf/optim trains a model of launch.bench in the engine, step by step in turn, so that other load
-falls on all alike. Timed are the whole step, and within it DeepSpeed's `step`: norm, clipping, the rule, and
-the weights cast back. Beside that stand the matrix products that the rule makes, counted by PyTorch as it
+Every rule of conf/optim trains a model of launch.bench in the engine, step by step in turn, so that other
+load falls on all alike. Timed are the whole step, and within it DeepSpeed's `step`: norm, clipping, the rule,
+and the weights cast back. Beside that stand the matrix products that the rule makes, counted by PyTorch as it
 makes them, as a share of the model's FLOP, and what its paper says they are:
 
 Muon   `iterations` of 2 (2 n m^2 + m^3) for a matrix of m rows and n columns, m <= n (Jordan et al. 2024,

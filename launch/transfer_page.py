@@ -59,8 +59,8 @@ def page(results: dict[str, Any]) -> str:
 def _method(plan: dict[str, Any]) -> list[str]:
     return [
         f"Validation loss after {plan['steps']:,} steps, {plan['seeds']} seeds. Of each seed the best"
-        " learning rate is the vertex of the parabola, over octaves, through its lowest loss and the two beside"
-        " it; shifts are taken seed by seed.",
+        " learning rate is the vertex of the parabola, over octaves, through its lowest loss and the two"
+        " beside it; shifts are taken seed by seed.",
         "Intervals are Student's at 95 % over seeds. What another grid of learning rates, more steps or other"
         " data would have given is not in them.",
         f"An octave is a factor of 2; 0 is a learning rate of {plan['learning_rate']:g}. The smallest size is"

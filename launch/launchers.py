@@ -6,6 +6,7 @@ A launcher gives what a pool waits for, whichever it is.
 from __future__ import annotations
 
 import os
+import pickle
 import shlex
 import signal
 import subprocess
@@ -193,7 +194,10 @@ class Job:
                 asked = time.monotonic()
                 if not queued(self.job.job_id) and not self._appears():
                     return self._lost()
-        outcome, result = pickle_load(self._result)
+        try:
+            outcome, result = pickle_load(self._result)
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError):
+            return self._lost()
         return result if outcome == "success" else self._lost()
 
     def send_signal(self, number: int) -> None:
@@ -222,10 +226,11 @@ class Job:
 
 
 def queued(number: str) -> bool:
-    """Whether Slurm still has a job, waiting or running."""
+    """Whether Slurm still has a job, waiting or running; True where it does not answer, for it may."""
     command = ["squeue", "--noheader", "--jobs", number]
     try:
         found = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
         raise ValueError("launcher: slurm: no squeue here; start on a login node") from None
-    return bool(found.stdout.strip())
+    unknown = b"Invalid job id" in found.stderr  # which is long over
+    return bool(found.stdout.strip()) or (found.returncode != 0 and not unknown)

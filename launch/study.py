@@ -166,7 +166,7 @@ def jobs_of(planned: Sequence[Planned], folder: Path, launcher: Launcher | None 
     """The runs with their configs and directories; their data is prepared."""
     configs = [one.config() for one in planned]
     for config in configs:
-        _check(config)
+        _check(config, here=launcher is None or isinstance(launcher, Here))
     prepared: dict[str, str] = {}
     directories: dict[str, Path] = {}
     jobs = []
@@ -184,10 +184,14 @@ def jobs_of(planned: Sequence[Planned], folder: Path, launcher: Launcher | None 
     return jobs
 
 
-def _check(config: RunConfig) -> None:
-    """Raises ValueError for what the run's process would refuse: it is said once, before any is started."""
+def _check(config: RunConfig, here: bool) -> None:
+    """Raises ValueError for what the run's process would refuse: it is said once, before any is started.
+
+    here: whether it runs on this machine.
+    """
     check_world(config, config.engine.ranks or 1)
-    check_device(config)
+    if here:
+        check_device(config)
     for key in ("objective", "optim", "schedule"):
         instantiate(getattr(config, key), key)
     with torch.device("meta"):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from data.cli import one_line_errors
 from data.files import write
-from launch.overrides import split
+from launch.overrides import split, top
 from launch.report_page import NONE, count, si
 from launch.request import CONF
 from launch.scaling import forecast as forecasts
@@ -21,6 +24,7 @@ from launch.scaling import laws
 from launch.scaling.laws import Request
 from launch.scaling.page import CONSTANTS, finding, page, remarks
 from launch.scaling.table import write_rows
+from launch.scaling.training import CURVES, POINTS
 
 FIT, FITS, REPORT, FORECAST = "fit.json", "fits.csv", "report.html", "forecast"
 QUANTITIES = {"budget": "compute", "parameters": "parameters", "tokens": "tokens", "loss": "loss"}
@@ -29,7 +33,8 @@ QUANTITIES = {"budget": "compute", "parameters": "parameters", "tokens": "tokens
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="laws")
 @one_line_errors
 def fit(node: DictConfig) -> None:
-    request, console = _request(node), Console(highlight=False)
+    typed = HydraConfig.get().overrides.task
+    request, console = request_of(node, typed), Console(highlight=False)
     found = laws.fit(request, console)
     directory = Path(request.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -43,13 +48,20 @@ def fit(node: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="laws")
 @one_line_errors
 def report(node: DictConfig) -> None:
-    request, console = _request(node), Console(highlight=False)
+    typed = HydraConfig.get().overrides.task
+    request, console = request_of(node, typed), Console(highlight=False)
+    for override in typed:
+        if top(override) not in ("study", "name", "directory"):
+            raise ValueError(f"{top(override)}: is a setting of fit, which report only shows; set it there")
     path = Path(request.directory) / FIT
     if not path.exists():
         raise ValueError(
             f"directory: {request.directory} has no {FIT}; python -m launch.scaling fit makes it"
         )
     found = json.loads(path.read_text())
+    made_from = Path(found["request"]["table"])
+    if made_from.exists() and made_from.stat().st_mtime > path.stat().st_mtime:
+        raise ValueError(f"{path}: is older than {made_from}; fit it again")
     target = path.with_name(REPORT)
     write(target, page(found))
     for line in finding(found)[:1]:
@@ -60,7 +72,8 @@ def report(node: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="laws")
 @one_line_errors
 def forecast(node: DictConfig) -> None:
-    request, console = _request(node), Console(highlight=False)
+    typed = HydraConfig.get().overrides.task
+    request, console = request_of(node, typed), Console(highlight=False)
     if request.budget is request.parameters is request.unique_tokens is None:
         raise ValueError("budget: is not set, for example budget=1e21; or set parameters, or unique_tokens")
     fitted, notes = laws.for_forecast(request)
@@ -151,11 +164,28 @@ def _remarks(request: Request, fitted: forecasts.Fitted, found: dict[str, Any]) 
                 f"The budget is {beyond:,.0f} times the largest that was fitted: the intervals hold only if"
                 " the law keeps its form that far, which no run shows."
             )
+    law = fitted.law
+    if not (law.alpha > 0 and law.beta > 0):
+        lines.append(
+            f"The law has no best size: alpha is {law.alpha:.3g} and beta {law.beta:.3g}, and both must be"
+            " positive; add runs of other sizes and lengths."
+        )
     if request.unique_tokens is not None and request.budget is not None and fitted.constrained is None:
         lines.append("Nothing is said of repeated data, for no fitted run repeats its own.")
     return lines
 
 
-def _request(node: DictConfig) -> Request:
+def request_of(node: DictConfig, typed: Sequence[str]) -> Request:
+    """With the study's own files where none are named. typed: overrides of the command line.
+
+    Raises ValueError where a foreign table has no directory of its own.
+    """
     request, _ = split(node, Request)
-    return request
+    if request.table is not None:
+        if not {"directory", "name"} & {top(override) for override in typed}:
+            raise ValueError("directory: must be set where table is; fits and reports are written there")
+        return request
+    curves = request.curves
+    if curves is None and (Path(request.directory) / CURVES).exists():
+        curves = f"{request.directory}/{CURVES}"
+    return replace(request, table=f"{request.directory}/{POINTS}", curves=curves)

@@ -26,7 +26,7 @@ FACTOR = 10.0  # between the ends of an interval: known to no order of magnitude
 FEWEST = 4  # runs that repeat data: two more than constants
 REPEATED = 1.01  # passes over the data, from which on a run repeats them
 STARTS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # of R_D* and of R_N*
-PLACES = 400  # into which the four decades of sizes that are looked at for the best one are divided
+PLACES = 600  # into which the six decades of sizes that are looked at for the best one are divided
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,11 @@ class Constrained:
     ) -> tuple[float | np.ndarray, float | np.ndarray, np.ndarray]:
         """N, D and loss of the lowest loss with C = per * N * D and so many distinct tokens.
 
-        The best of sizes 2.3 % apart, up to 100 times smaller and larger than the best one for new data.
+        The best of sizes 2.3 % apart, from a hundredth of the best one for new data to 10,000 times it: a
+        larger one has fewer tokens to repeat.
         """
         middle = np.log(self.base.optimum(flops, per)[0])
-        sizes = np.exp(np.asarray(middle)[..., None] + np.linspace(-2, 2, PLACES + 1) * math.log(10))
+        sizes = np.exp(np.asarray(middle)[..., None] + np.linspace(-2, 4, PLACES + 1) * math.log(10))
         tokens = flops / per / sizes
         every = Constrained(
             Law(*(np.asarray(value)[..., None] for value in np.moveaxis(self.base.constants(), -1, 0))),

@@ -175,9 +175,8 @@ def read(path: str | Path, kind: str = "train") -> list[Run]:
 
     Raises ValueError as `curves` does, and OSError.
     """
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("kind", kind) == kind]
     try:
-        return curves(rows)
-    except ValueError as error:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            return curves([row for row in csv.DictReader(file) if row.get("kind", kind) == kind])
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -1,9 +1,10 @@
 """Compute-optimal sizes by IsoFLOP curves: Hoffmann et al. 2022 (arXiv 2203.15556), approach 2.
 
 Of each budget, the size with the lowest loss is the vertex of a parabola in log N through all its runs (least
-squares), or the lowest point of an Akima interpolation (Akima 1970; for IsoFLOP curves Porian et al. 2024,
-arXiv 2406.19146) through the mean loss of each size. A minimum that its runs do not bracket is reported, and
-not used. Through the others go power laws of compute by least squares in logarithms.
+squares), or the lowest point of an Akima interpolation (Akima 1970) through the mean loss of each size. The
+latter assumes no shape, and smooths nothing: noise moves its minima several times as far. A minimum that its
+runs do not bracket is reported, and not used. Through the others go power laws of compute by least squares in
+logarithms.
 
 **Intervals.** Three budgets of five sizes leave a line through the minima one degree of freedom, and a
 parabola two: to resample either of these residuals is to resample almost nothing. And the methods err by
@@ -34,7 +35,6 @@ from launch.scaling.table import Points
 DRAWS = 4000
 BEYOND = 1.0  # by how much in log N, either way, the surface's minimum is looked for outside of a grid
 LOST = 0.05  # share of resamples that may lack a minimum without a word
-USUAL = 0.975  # quantile of the scatter that noise makes, beyond which it is remarked on
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,11 @@ def fit(points: Points, method: str = "parabola", draws: int = DRAWS, seed: int 
         resampled = resample(points, used, method, draws, seed)
     except ValueError as error:
         notes.append(f"no intervals: {error}")
+    if resampled is not None and resampled.lost > LOST:
+        notes.append(
+            f"with new noise, {resampled.lost:.0%} of the minima are not bracketed any more: the runs bracket"
+            " them barely; add sizes further off"
+        )
     return _laws(method, minima, resampled, notes)
 
 
@@ -153,36 +158,8 @@ def _laws(
     with_floor = None
     if len(used) > 2:
         with_floor = loss_law(flops, found[2], None if resampled is None else resampled.floored(flops))
-    if resampled is not None:
-        notes = [*notes, *_warnings(resampled, flops, np.log(found[0]))]
     spread, lost = (None, None) if resampled is None else (resampled.spread, resampled.lost)
     return Isoflop(method, tuple(minima), law(0), law(1), law(2), with_floor, spread, lost, tuple(notes))
-
-
-def _warnings(resampled: Resampled, flops: np.ndarray, sizes: np.ndarray) -> list[str]:
-    """Where intervals, or the law, are in doubt. sizes: [B], log N of the minima."""
-    notes = []
-    if resampled.lost > LOST:
-        notes.append(
-            f"with new noise, {resampled.lost:.0%} of the minima are not bracketed any more: the runs bracket"
-            " them barely; add sizes further off"
-        )
-    if len(flops) > 2:
-        usual = float(np.quantile(_scatter(flops, resampled.found[0], resampled.there), USUAL))
-        own = float(_scatter(flops, sizes[:, None], np.ones((len(flops), 1), dtype=bool))[0])
-        if own > usual:
-            notes.append(
-                f"the best sizes are off their power law by {own:.1%} (root mean square) and noise explains"
-                f" up to {usual:.1%}: it is not one, or some sizes are trained better than others"
-            )
-    return notes
-
-
-def _scatter(flops: np.ndarray, sizes: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Root mean square [R] of log N [B, R] about its line."""
-    places = np.log(flops) - np.log(flops).mean()
-    level, slope = line(flops, sizes, there).T
-    return np.sqrt(((sizes - level - slope * places[:, None]) ** 2).mean(axis=0, where=there))
 
 
 def finished(points: Points) -> tuple[Points, list[str]]:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,8 +20,9 @@ from launch.scaling import constrained, conventions, frontier, identifiability, 
 from launch.scaling.forecast import Fitted
 from launch.scaling.minima import SIZES, Curve
 from launch.scaling.parametric import Fit, Law
-from launch.scaling.table import Points, read
+from launch.scaling.table import Points, clustered, read
 
+CURVE = 3  # runs of a budget, to be held out where budgets are found from the runs
 METHOD = "parabola"  # whose power laws a forecast shows
 DRAWN = 60  # points of a line
 Found = TypeVar("Found")
@@ -30,11 +30,10 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Request:
-    """The keys of conf/laws.yaml."""
+    """The keys of conf/laws.yaml that are not a study's, and two that are."""
 
-    study: str | None
     directory: str
-    table: str
+    table: str | None
     curves: str | None
     columns: dict[str, str] | None
     drop_highest: int
@@ -61,22 +60,46 @@ class Request:
 
 @dataclass(frozen=True)
 class Runs:
-    """The table's runs. kept: without the highest losses. fitted: of these, what laws are fitted to."""
+    """The table's runs. kept: without the highest losses. fitted: of these, what laws are fitted to.
+    notes: what a reader must know, a line each."""
 
     every: Points
     kept: Points
     fitted: Points
+    notes: tuple[str, ...]
 
 
 def runs_of(request: Request) -> Runs:
     """Raises ValueError, OSError: as `table.read`; or nothing would be left."""
+    assert request.table is not None
     every = read(request.table, request.columns)
     if request.drop_highest >= len(every):
         raise ValueError(f"drop_highest: {request.drop_highest} of {len(every)} runs leaves none; give fewer")
-    kept = every.without_highest(request.drop_highest)
-    budgets = np.unique(kept.budget)
-    fitted = kept.select(kept.budget < budgets[-1]) if request.hold_out and len(budgets) > 1 else kept
-    return Runs(every, kept, fitted)
+    kept, notes = every.without_highest(request.drop_highest), list(every.notes)
+    if not request.hold_out or len(np.unique(kept.budget)) < 2:
+        return Runs(every, kept, kept, (*notes, *_again(kept)))
+    budgets, counts = np.unique(kept.budget, return_counts=True)
+    held = budgets[-1]
+    curves = budgets[1:][counts[1:] >= CURVE]
+    if len(curves) and np.array_equal(every.budget, clustered(every.flops)):
+        held = curves[-1]  # of budgets that nobody planned, stray runs are no judges
+        if stray := int((kept.budget > held).sum()):
+            notes.append(f"{stray} runs with more compute than the curve that is held out are left out")
+            kept = kept.select(kept.budget <= held)
+    fitted = kept.select(kept.budget < held)
+    return Runs(every, kept, fitted, (*notes, *_again(fitted)))
+
+
+def _again(points: Points) -> list[str]:
+    """What is to say of runs that see their data more than once."""
+    again = constrained.repeating(points)
+    if not again.any() or points.unique_tokens is None:
+        return []
+    most = float((points.tokens / points.unique_tokens).max())
+    return [
+        f"{int(again.sum())} of {len(points)} fitted runs see data again, up to {most:.3g} times; all laws"
+        " but that of repeated data count it as new, which holds to about 4 times (arXiv 2305.16264)"
+    ]
 
 
 def fit(request: Request, console: Console) -> dict[str, Any]:
@@ -110,7 +133,7 @@ def fit(request: Request, console: Console) -> dict[str, Any]:
             method: seconds(f"IsoFLOP law by {method}", partial(_isoflop, request, fitted, method))
             for method in SIZES
         },
-        "frontier": seconds("minimum over training curves", lambda: _frontier(request)),
+        "frontier": seconds("minimum over training curves", lambda: _frontier(request, runs)),
         "constrained": seconds("law of repeated data", lambda: _constrained(request, fitted)),
         "conventions": seconds("conventions", lambda: _conventions(request, fitted)),
         "judgement": None,
@@ -118,13 +141,16 @@ def fit(request: Request, console: Console) -> dict[str, Any]:
     if request.hold_out:
         found["judgement"] = seconds("judgement", partial(_judgement, request, runs.kept))
     if found["parametric"] is None and not any(found["isoflop"].values()):
-        raise ValueError(f"{request.table}: no law can be fitted; {'; '.join(notes)}")
-    return found | {"notes": [*runs.every.notes, *notes]}
+        held = len(runs.kept) - len(fitted)
+        more = f"; {held} runs are held out, and hold_out=false fits them too" if held else ""
+        raise ValueError(f"{request.table}: no law can be fitted; {'; '.join(notes)}{more}")
+    return found | {"notes": [*runs.notes, *notes]}
 
 
 def for_forecast(request: Request) -> tuple[Fitted, list[str]]:
     """The laws that a forecast needs, and why some are not there. Raises ValueError as `fit`."""
-    points, notes = runs_of(request).fitted, list[str]()
+    runs = runs_of(request)
+    points, notes = runs.fitted, list(runs.notes)
     law = parametric.fit(points, grid=False)
     resampled = parametric.bootstrap(points, law, request.resamples, request.seed)
     powers, repeated = None, None
@@ -227,13 +253,15 @@ def _isoflop(request: Request, points: Points, method: str) -> dict[str, Any]:
     return law.as_json() | {"lines": lines}
 
 
-def _frontier(request: Request) -> dict[str, Any] | None:
-    if request.curves is None or not Path(request.curves).exists():
+def _frontier(request: Request, runs: Runs) -> dict[str, Any] | None:
+    """Through the curves of what is fitted, and of runs that are not in the table."""
+    if request.curves is None:
         return None
-    runs = frontier.read(request.curves)
-    law = frontier.fit(runs, seed=request.seed)
-    curves = [{"name": run.name, "flops": _thinned(run.flops), "loss": _thinned(run.loss)} for run in runs]
-    return law.as_json() | {"curves": curves}
+    unseen = set(runs.every.names) - set(runs.fitted.names)
+    curves = [run for run in frontier.read(request.curves) if run.name not in unseen]
+    law = frontier.fit(curves, seed=request.seed)
+    drawn = [{"name": run.name, "flops": _thinned(run.flops), "loss": _thinned(run.loss)} for run in curves]
+    return law.as_json() | {"curves": drawn}
 
 
 def _constrained(request: Request, points: Points) -> dict[str, Any] | None:

@@ -31,8 +31,7 @@ CONSTANTS = {
 
 def page(found: Found) -> str:
     """The whole page."""
-    name = found["request"]["study"] if not found["request"]["columns"] else None
-    title = f"Scaling laws of {name or found['request']['table']}"
+    title = f"Scaling laws of {found['request']['table']}"
     parts = [
         *_judged(found),
         plots([*_isoflops(found), *_powers(found), *_frontier(found)]),

@@ -22,15 +22,21 @@ def seconds(plan: Plan, console: Console) -> list[float]:
     study = plan.study
     if not study.probe:
         peak = study.peak or device_peak(plan.runs[0].config) or math.nan
+        nodes = int((study.slurm or {}).get("nodes", 1)) if study.launcher == "slurm" else 1
         return [
-            START_S + run.flops / (peak * study.utilization * (run.config.engine.ranks or 1))
+            START_S + run.flops / (peak * study.utilization * nodes * (run.config.engine.ranks or 1))
             for run in plan.runs
         ]
-    shapes = {run.parameters: run for run in reversed(plan.runs)}
+    shapes = {_step(run): run for run in reversed(plan.runs)}
     console.rule("a few steps of each shape, to see how long it takes")
     paces = probe([run.planned for run in shapes.values()], Path(study.trials), console, study.parallel)
     by_size = dict(zip(shapes, paces, strict=True))
-    return [_seconds(run, by_size[run.parameters]) for run in plan.runs]
+    return [_seconds(run, by_size[_step(run)]) for run in plan.runs]
+
+
+def _step(run: Sized) -> tuple[int, int, int]:
+    """What the time of a step depends on."""
+    return run.parameters, run.config.global_batch, run.config.sequence_length
 
 
 def _seconds(run: Sized, pace: Pace) -> float:

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LEVEL = 0.95
-EXPONENTS = np.geomspace(0.005, 3, 400)  # at which a law with a floor is tried
-RATIO = EXPONENTS[1] / EXPONENTS[0]
+EXPONENTS = np.geomspace(0.005, 3, 80)  # at which a law with a floor is tried
+ROUNDS = 8  # of looking closer, each at a quarter of the width
 TINY = 1e-300
+LARGEST = 700.0  # whose exponential is a float
+NONE = 0.01  # nats per token, up to which a floor is as good as none
 
 
 class Estimate(NamedTuple):
@@ -47,9 +49,11 @@ def estimate(value: float, errors: np.ndarray | None, noise: np.ndarray | None =
 
 
 def _exp(log: Estimate) -> Estimate:
-    if log.low is None or log.high is None:
-        return Estimate(math.exp(log.value))
-    return Estimate(math.exp(log.value), math.exp(log.low), math.exp(log.high))
+    """No end where it is beyond all floats."""
+    value = math.exp(min(log.value, LARGEST))
+    if log.low is None or log.high is None or log.high > LARGEST:
+        return Estimate(value)
+    return Estimate(value, math.exp(log.low), math.exp(log.high))
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class PowerLaw:
     @property
     def coefficient(self) -> float:
         """k of y = k C^slope."""
-        return math.exp(self.level - self.slope * self.pivot)
+        return math.exp(min(self.level - self.slope * self.pivot, LARGEST))
 
     @property
     def exponent(self) -> Estimate:
@@ -157,7 +161,7 @@ class LossLaw:
     def note(self) -> str | None:
         """A warning where the losses do not fix the floor."""
         low = self.floor.value if self.floor.low is None else self.floor.low
-        return None if low > 0 else "the losses do not fix the floor: none at all fits them about as well"
+        return None if low > NONE else "the losses do not fix the floor: none at all fits them about as well"
 
     def as_json(self) -> dict[str, Any]:
         constants = {name: getattr(self, name)._asdict() for name in ("floor", "coefficient", "exponent")}
@@ -168,8 +172,8 @@ def floored(flops: np.ndarray, losses: np.ndarray, there: np.ndarray | None = No
     """floor, height and decay, [R, 3], of L = floor + height (C / pivot)^-decay by least squares.
 
     flops: [B]. losses: [B, R]. there: [B, R], which losses count. The pivot is the geometric mean of flops.
-    For each of EXPONENTS, floor and height, neither below 0, follow in closed form (variable projection);
-    parabolas through the three sums of squares about the lowest refine the exponent.
+    For each of EXPONENTS, floor and height, neither below 0, follow in closed form (variable projection); and
+    again for exponents ever nearer to the best. Where the floor reaches 0 is a kink, which slopes miss.
     """
     places = (np.log(flops) - np.log(flops).mean())[:, None]
     weights = np.ones_like(losses) if there is None else there.astype(float)
@@ -190,12 +194,11 @@ def floored(flops: np.ndarray, losses: np.ndarray, there: np.ndarray | None = No
         return floor, height, (weights * (losses - floor - height * basis) ** 2).sum(axis=0)
 
     squares = np.stack([solved(np.array([decay]))[2] for decay in EXPONENTS])
-    decay = EXPONENTS[np.clip(np.argmin(squares, axis=0), 1, len(EXPONENTS) - 2)]
-    for step in (RATIO, RATIO**0.05):
-        before, here, after = (solved(decay * step**side)[2] for side in (-1, 0, 1))
-        bend = before - 2 * here + after
-        shift = np.where(bend > 0, 0.5 * (before - after) / np.where(bend > 0, bend, 1.0), 0.0)
-        decay = decay * step ** shift.clip(-1, 1)
+    decay, step = EXPONENTS[np.argmin(squares, axis=0)], EXPONENTS[1] / EXPONENTS[0]
+    for _ in range(ROUNDS):
+        near = [decay * step**side for side in (-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1)]
+        best = np.argmin([solved(one)[2] for one in near], axis=0)
+        decay, step = np.choose(best, near), step**0.25
     floor, height, _ = solved(decay)
     return np.stack([floor, height, decay], axis=1)
 

@@ -181,6 +181,9 @@ def plan_of(node: DictConfig) -> Plan:
         for shape in study.chosen(budget, shapes)
         for seed in study.seeds
     ]
+    names = [run.name for run in runs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"shapes: two are so near to each other that both are called {twice}; leave one out")
     for run in runs:
         schedule = instantiate(run.config.schedule, "schedule")
         try:
@@ -201,6 +204,9 @@ def _sized(
         name += f"-seed{seed}"
     own = *typed, *shape.overrides, f"seed={seed}"
     config = Planned(name, own).config()
+    for key, power in powers.items():
+        if power.of == "width" and "width" not in config.model:
+            raise ValueError(f"powers.{key}.of: width, which the model has not; give parameters")
     sizes = {
         "parameters": counts.parameters,
         "width": config.model.get("width", math.nan),

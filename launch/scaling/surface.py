@@ -19,6 +19,7 @@ from scipy.stats import chi2
 from launch.scaling.table import Points
 
 EXPONENTS = np.geomspace(0.05, 1.6, 14)  # of which each pair is tried as a start
+TINY = 1e-9  # nats per token: a surface that goes lower is taken to be here
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,16 @@ def through(points: Points) -> Surface:
     n, d, logs = n - centre[0], d - centre[1], np.log(points.loss)
 
     def residuals(constants: np.ndarray) -> np.ndarray:
-        return np.log(np.maximum(_loss(constants, n, d), 1e-9)) - logs
+        return np.log(np.maximum(_loss(constants, n, d), TINY)) - logs
+
+    def slopes(constants: np.ndarray) -> np.ndarray:
+        _, a, b, alpha, beta = constants
+        of_n, of_d = np.exp(a - alpha * n), np.exp(b - beta * d)
+        whole = np.maximum(_loss(constants, n, d), TINY)
+        return np.stack([np.ones_like(n), of_n, of_d, -n * of_n, -d * of_d], axis=1) / whole[:, None]
 
     found = [
-        least_squares(residuals, start, x_scale=(0.1, 0.1, 0.1, 0.1, 0.1), max_nfev=300)
+        least_squares(residuals, start, slopes, x_scale=0.1, max_nfev=300)
         for start in _starts(n, d, points.loss)
     ]
     if not found:
@@ -79,11 +86,12 @@ def _loss(constants: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 def _starts(n: np.ndarray, d: np.ndarray, loss: np.ndarray, count: int = 3) -> list[list[float]]:
     """The best pairs of exponents of a grid, with E, A and B by linear least squares."""
-    tried = []
-    for alpha, beta in itertools.product(EXPONENTS, EXPONENTS):
-        terms = np.stack([np.ones_like(n), np.exp(-alpha * n), np.exp(-beta * d)], axis=1) / loss[:, None]
-        (floor, a, b), *_ = np.linalg.lstsq(terms, np.ones_like(n), rcond=None)
-        if a > 0 and b > 0:
-            off = terms @ [floor, a, b] - 1
-            tried.append((float(off @ off), [float(floor), math.log(a), math.log(b), alpha, beta]))
-    return [start for _, start in sorted(tried)[:count]]
+    alpha, beta = np.array(list(itertools.product(EXPONENTS, EXPONENTS))).T[:, :, None]
+    terms = np.stack([np.ones((len(alpha), len(n))), np.exp(-alpha * n), np.exp(-beta * d)], axis=2)
+    terms /= loss[:, None]
+    levels = np.linalg.pinv(terms).sum(axis=2)
+    squares = ((np.einsum("snk,sk->sn", terms, levels) - 1) ** 2).sum(axis=1)
+    best = [s for s in np.argsort(squares) if levels[s, 1] > 0 and levels[s, 2] > 0][:count]
+    return [
+        [levels[s, 0], math.log(levels[s, 1]), math.log(levels[s, 2]), alpha[s, 0], beta[s, 0]] for s in best
+    ]

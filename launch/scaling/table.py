@@ -171,7 +171,7 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None) -> Points:
     if not of.keys() & {"tokens", "flops"}:
         raise ValueError(f"{path}: no column 'tokens' and none 'flops'; name one in columns; {_has(headers)}")
     shared = {key: _one_value(path, rows, of[key], key) for key in SHARED if key in of}
-    names = [str(row.get(of.get("name", ""), number)) for number, row in enumerate(rows, 1)]
+    names = _distinct([str(row.get(of.get("name", ""), number)) for number, row in enumerate(rows, 1)])
     every = [_loss(path, name, of["loss"], row) for name, row in zip(names, rows, strict=True)]
     lost = [name for name, loss in zip(names, every, strict=True) if not math.isfinite(loss)]
     kept = [i for i, loss in enumerate(every) if math.isfinite(loss)]
@@ -222,6 +222,16 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, text.getvalue())
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """With a number after each name that another row has, too."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
+    return found
 
 
 def _suffix(path: Path) -> str:

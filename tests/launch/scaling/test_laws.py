@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hydra import compose
 from rich.console import Console
 
+from launch.overrides import composing
 from launch.request import CONF
 from launch.scaling import forecast, laws
-from launch.scaling.commands import rows, told_rows
+from launch.scaling.commands import request_of, rows, told_rows
 from launch.scaling.laws import Request
 from launch.scaling.page import finding, page, remarks
 from launch.scaling.table import Points, points, write
@@ -52,7 +54,7 @@ def planted(noise: float = 0.001, sizes: int = 7) -> Points:
 
 def request(folder: Path, **changed: Any) -> Request:
     given = yaml.safe_load((CONF / "laws.yaml").read_text())
-    keys = {key: given[key] for key in Request.__dataclass_fields__}
+    keys = {key: given.get(key, 0) for key in Request.__dataclass_fields__}
     own = {"directory": str(folder), "table": str(folder / "points.csv"), "curves": None, "grid": False}
     return Request(**(keys | own | {"resamples": 200} | changed))
 
@@ -181,9 +183,56 @@ def test_too_few_runs_are_one_line(folder: Path) -> None:
     write(folder / "few.csv", planted().select([0, 1, 2]))
     with pytest.raises(ValueError, match=r"few\.csv: no law can be fitted; .*needs 7 runs"):
         laws.fit(request(folder, table=str(folder / "few.csv")), Console(file=io.StringIO()))
+    write(folder / "two.csv", planted().select(np.r_[0:5, 7:12]))
+    with pytest.raises(ValueError, match="5 runs are held out, and hold_out=false fits them too$"):
+        laws.fit(request(folder, table=str(folder / "two.csv")), Console(file=io.StringIO()))
 
 
-def test_every_study_s_tables_are_found(tmp_path: Path) -> None:
+def test_names_that_repeat_are_told_apart(folder: Path) -> None:
+    runs = replace(planted(), names=[f"size-{index % 7}" for index in range(28)])
+    write(folder / "twice.csv", runs)
+    found = laws.fit(request(folder, table=str(folder / "twice.csv")), Console(file=io.StringIO()))
+    assert [row["use"] for row in found["points"]].count("held out") == 7
+    assert len(found["parametric"]["residuals"]) == 21
+    assert found["points"][8]["name"] == "size-1 (2)"
+
+
+def test_curves_of_what_is_held_out_are_not_seen(folder: Path) -> None:
+    runs = planted()
+    lines = ["name,parameters,tokens,flops,loss"]
+    for i, name in enumerate(runs.names):
+        for share in np.geomspace(0.05, 1, 12):
+            n, d = runs.parameters[i], runs.tokens[i] * share
+            lines.append(f"{name},{n},{d},{6 * n * d},{loss(n, d)}")
+    (folder / "curves.csv").write_text("\n".join(lines) + "\n")
+    asked = request(folder, curves=str(folder / "curves.csv"))
+    found = laws.fit(asked, Console(file=io.StringIO()))
+    held = {row["name"] for row in found["points"] if row["use"] == "held out"}
+    seen = {curve["name"] for curve in found["frontier"]["curves"]}
+    assert len(seen) == 21 and not seen & held
+
+
+def test_stray_runs_of_no_budget_are_no_judges(folder: Path) -> None:
+    runs = planted()
+    stray = runs.select([27])
+    c = 3 * stray.flops
+    more = points(stray.parameters, c / 6 / stray.parameters, stray.loss * 1.5, flops=c)
+    columns = {
+        key: np.concatenate([getattr(runs, key), getattr(more, key)])
+        for key in ("parameters", "tokens", "loss", "flops")
+    }
+    found = points(**columns)  # budgets are found from the runs
+    write(folder / "stray.csv", replace(found, budget=found.budget))
+    text = (folder / "stray.csv").read_text().splitlines()
+    at = text[0].split(",").index("budget")
+    bare = [",".join(cell for i, cell in enumerate(line.split(",")) if i != at) for line in text]
+    (folder / "stray.csv").write_text("\n".join(bare) + "\n")
+    runs_of = laws.runs_of(request(folder, table=str(folder / "stray.csv")))
+    assert (len(runs_of.every), len(runs_of.kept), len(runs_of.fitted)) == (29, 28, 21)
+    assert any(note.startswith("1 runs with more compute") for note in runs_of.notes)
+
+
+def test_every_study_s_tables_are_found() -> None:
     for path in (CONF / "study").glob("*.yaml"):
         assert yaml.safe_load(path.read_text())["name"] == f"scaling-{path.stem}"
 
@@ -194,13 +243,16 @@ def test_the_commands(folder: Path) -> None:
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
 
     own = [f"table={folder}/points.csv", f"directory={folder}/out", "resamples=100", "grid=false"]
-    early = command("report", *own)
+    place = own[1]
+    early = command("report", place)
     assert early.returncode == 1 and "has no fit.json" in early.stderr
     done = command("fit", *own)
     assert done.returncode == 0, done.stderr
     assert "Held out" in done.stdout
     assert json.loads((folder / "out" / "fit.json").read_text())["runs"]["fitted"] == 21
-    assert command("report", *own).returncode == 0
+    assert command("report", place).returncode == 0
+    other = command("report", place, "seed=1")
+    assert other.returncode == 1 and other.stderr.startswith("error: seed: is a setting of fit")
     assert "<html" in (folder / "out" / "report.html").read_text()[:200]
     told = command("forecast", *own, "budget=1e21")
     assert told.returncode == 0, told.stderr
@@ -209,5 +261,15 @@ def test_the_commands(folder: Path) -> None:
         assert {"value", "low", "high"} < set(next(csv.reader(file)))
     nothing = command("forecast", *own)
     assert nothing.returncode == 1 and nothing.stderr.startswith("error: budget: is not set")
-    missing = command("fit", f"table={folder}/none.csv")
+    missing = command("fit", f"table={folder}/none.csv", f"directory={folder}/out")
     assert missing.returncode == 1 and len(missing.stderr.strip().splitlines()) == 1
+
+
+def test_a_foreign_table_has_a_directory_of_its_own() -> None:
+    with composing():
+        given = ["table=theirs.csv"]
+        with pytest.raises(ValueError, match="^directory: must be set where table is"):
+            request_of(compose("laws", overrides=given), given)
+        given = ["study=tiny", "budget=1e20"]
+        own = request_of(compose("laws", overrides=given), given)
+    assert (own.directory, own.table) == ("runs/scaling-tiny", "runs/scaling-tiny/points.csv")

@@ -73,7 +73,7 @@ def test_only_losses_that_are_there_count() -> None:
 
 
 def test_a_floor_that_is_not_fixed_is_said() -> None:
-    assert "do not fix the floor" in str(loss_law(FLOPS, 3 * FLOPS**-0.05).note)
+    assert "do not fix the floor" in str(loss_law(FLOPS, 3 * FLOPS**-0.05 - 0.1).note)
     straight = LossLaw(np.array([1.0, 1.0, 0.1]), 0.0, np.array([[1.0, 1.0, 0.1], [2.5, 1.0, 0.1]]))
     assert "do not fix the floor" in str(straight.note)
 

@@ -219,7 +219,9 @@ def _frontier(found: Found) -> list[str]:
     law = found["frontier"]
     if not law:
         return []
-    lines = [Line(one["name"], GREY, [one["flops"]], one["loss"], mode="lines") for one in law["curves"]]
+    flops: list[Any] = [value for one in law["curves"] for value in (*one["flops"], None)]
+    losses: list[Any] = [value for one in law["curves"] for value in (*one["loss"], None)]
+    lines = [Line("runs", GREY, [flops], losses, mode="lines")]
     points = law["envelope"]
     lines.append(Line("lowest", style(1)["color"], [points["flops"]], points["loss"], mode="markers"))
     note = "The lowest of all curves at each compute, where smaller and larger sizes are beside it."

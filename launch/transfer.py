@@ -225,14 +225,18 @@ def _finite(value: float) -> float | None:
 
 def table(results: dict[str, Any]) -> Table:
     """A row for each parametrization."""
-    shown = Table(box=None, padding=(0, 2, 0, 0))
+    shown = Table(
+        box=None, padding=(0, 2, 0, 0), title="best learning rate, in octaves", title_justify="left"
+    )
     shown.add_column("parametrization")
     for size in results["sizes"]:
-        shown.add_column(f"best at {results['key']} {size}", justify="right")
-    shown.add_column("shift (octaves)", justify="right")
+        shown.add_column(f"{results['key']} {size}", justify="right")
+    shown.add_column("shift", justify="right")
     shown.add_column("")
     for own in results["parametrizations"]:
-        best = (spread(one["optimum"]) + ("" if one["bracketed"] else " (edge)") for one in own["sizes"])
+        best = (
+            f"{one['optimum']['mean']:+.2f}" + ("" if one["bracketed"] else " (edge)") for one in own["sizes"]
+        )
         shown.add_row(own["name"], *best, spread(own["shift"]), own["verdict"])
     return shown
 

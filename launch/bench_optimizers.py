@@ -181,9 +181,9 @@ def table(found: Sequence[Cost], shape: Shape) -> Table:
     """A row for each rule."""
     title = f"{shape.name}: {shape.layers} layers x {shape.width}, {shape.tokens:,} tokens a step"
     shown = Table(title=title, title_justify="left", box=SIMPLE)
-    shown.add_column("rule")
+    shown.add_column("rule", no_wrap=True)
     base = next((cost.update_s for cost in found if cost.rule == BASELINE), None)
-    heads = ("ms/step", "update ms", "(mean)", "share", f"x {BASELINE}", "products / model", "paper")
+    heads = ("ms/step", "update", "(mean)", "share", f"x {BASELINE}", "products", "paper")
     for head in heads:
         shown.add_column(head, justify="right", no_wrap=True)
     for cost in found:
@@ -224,6 +224,7 @@ def main() -> None:
         stop_world()
     console = Console(highlight=False)
     console.print(table(found, shape))
+    console.print("update in ms; products, and what the paper says of them, as shares of the model's FLOP")
     console.print(f"on {device_name()}")
     if arguments.json:
         write(arguments.json, json.dumps([asdict(cost) for cost in found], indent=1) + "\n")

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from data.prepare import prepare
 from launch.bench_data import choice
 from launch.bench_optimizers import BASELINE, Cost, costs, papers, rules_of, table
 from launch.bench_training import Shape, build
+from tests.distributed import run_ranks
 from tests.tiny import corpus
-from train.engine import World, start_world, stop_world
 from train.optim.soap import SOAP
 
 TINY = Shape("tiny", layers=1, width=32, heads=2, sequence_length=32, batch=4, vocabulary_size=300)
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    world, threads = start_world(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield world
-    torch.set_num_threads(threads)
-    stop_world()
+def on_this_rank(folder: str) -> list[Cost]:
+    from train.engine import start_world
 
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, world: World) -> dict[str, Cost]:
-    folder = tmp_path_factory.mktemp("bench")
-    corpus(folder / "text")
     data = choice(
         "data/text",
-        {"source": {"paths": f"{folder}/text/*.txt"}, "directory": str(folder), "validation": {"share": 0.2}},
+        {"source": {"paths": f"{folder}/text/*.txt"}, "directory": folder, "validation": {"share": 0.2}},
     )
-    prepared = prepare(data, choice("tokenizer/bytes"))
-    rules = rules_of([BASELINE, "muon", "soap"])
-    return {cost.rule: cost for cost in costs(TINY, rules, 2, world, prepared)}
+    prepared = prepare(data, choice("tokenizer/bytes"), progress=False)
+    return costs(TINY, rules_of([BASELINE, "muon", "soap"]), 2, start_world(), prepared)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cost]:
+    folder = tmp_path_factory.mktemp("bench")
+    corpus(folder / "text")
+    (measured,) = run_ranks(on_this_rank, 1, str(folder))
+    return {cost.rule: cost for cost in measured}
 
 
 def test_products_are_those_of_the_papers(found: dict[str, Cost]) -> None:

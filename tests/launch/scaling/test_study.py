@@ -23,7 +23,7 @@ from rich.console import Console
 
 from data.cli import one_line
 from data.shards import read_manifest
-from launch.launchers import JOB, Slurm
+from launch.launchers import JOB, Slurm, queued
 from launch.overrides import composing, refuse
 from launch.scaling.plan import repeated, show
 from launch.scaling.shapes import scientific, short
@@ -338,7 +338,11 @@ done
 exec "$@"
 """
 SQUEUE = """#!/bin/bash
-kill -0 $(cat {folder}/job-${{@: -1}}) 2> /dev/null && echo "${{@: -1}} cpu R"
+number=${{@: -1}}
+if [[ -e {folder}/silent ]]; then echo "slurm_load_jobs error: Socket timed out" >&2; exit 1; fi
+kill -0 $(cat {folder}/job-$number) 2> /dev/null && echo "$number cpu R" && exit
+echo "slurm_load_jobs error: Invalid job id specified" >&2
+exit 1
 """
 
 
@@ -386,8 +390,13 @@ def test_a_job_that_is_still_in_the_queue_is_waited_for(tmp_path: Path, cluster:
         job.send_signal(signal.SIGTERM)
         assert job.wait() == 75 and sleeping.poll() is None
         again = slurm.start([], 1, {"OMP_NUM_THREADS": "1"}, run)
+        (cluster / "silent").touch()  # Slurm does not answer, and the job may still be there
+        assert queued("7") and queued("8")
+        (cluster / "silent").unlink()
+        assert queued("7")
         sleeping.kill()
         sleeping.wait()
+        assert not queued("7")
         assert again.wait() == 1
     assert "job 7 of Slurm ended without the run" in (run / "output.txt").read_text()
 

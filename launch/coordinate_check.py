@@ -2,7 +2,7 @@
 
     python -m launch.coordinate_check [--widths 64 128 256 512] [--steps 5] [--seeds 4] [--without PART …]
         [--directory runs/coordinate-check] [experiment=… parametrization=mup key=value …]
-    python -m launch.coordinate_check --depths 2 4 8 16 parametrization=completep
+    python -m launch.coordinate_check --depths 4 8 16 32 parametrization=completep
 
 Trains every size for a few steps, in fp32 on one process and on the same batches, and measures at each layer
 the mean magnitude of what comes out, and of what has changed of it since the start (muP, arXiv 2203.03466,
@@ -169,12 +169,15 @@ def measure(config: RunConfig, steps: int) -> dict[str, dict[str, np.ndarray]]:
 
 @torch.no_grad()
 def outputs(model: nn.Module, objective: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What comes out of every layer: the embedding, branches and the logits, by name; and the scores of the
-    first attention, before its softmax."""
+    """What comes out of every layer: the embedding, branches before the multiplier by which a deeper model
+    adds less of each, and the logits, by name; and the scores of the first attention, before its softmax."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        return lambda module, inputs, output: found.__setitem__(name, output.detach().clone())
+        def see(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            found[name] = output.detach() / getattr(getattr(module, "project", None), "multiplier", 1.0)
+
+        return see
 
     def logits(module: LMHead, inputs: tuple[Any, ...], output: Any) -> None:
         found["logits"] = module.forward(inputs[0])

@@ -168,7 +168,7 @@ def _planned(
         called = name
     else:
         own += ["parametrization=standard"]
-        called = "standard"
+        called = "base" if size == base else "standard"
     return Planned(f"{called}-{plan.key}{size}-octave{octave:g}-seed{seed}", (*typed, *own))
 
 

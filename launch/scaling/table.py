@@ -158,6 +158,8 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None) -> Points:
         OSError: it cannot be read.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such table; train the study first, or name one by table")
     rows = _rows(path)
     renamed = dict(columns or {})
     headers = list(dict.fromkeys(key for row in rows for key in row))

@@ -259,6 +259,8 @@ def test_the_commands(folder: Path) -> None:
     assert "times the largest that was fitted" in told.stdout
     with (folder / "out" / "forecast.csv").open() as file:
         assert {"value", "low", "high"} < set(next(csv.reader(file)))
+    again = command("forecast", place, "budget=1e21")  # by what was fitted there
+    assert again.returncode == 0 and again.stdout == told.stdout, again.stderr
     nothing = command("forecast", *own)
     assert nothing.returncode == 1 and nothing.stderr.startswith("error: budget: is not set")
     missing = command("fit", f"table={folder}/none.csv", f"directory={folder}/out")

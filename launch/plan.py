@@ -252,13 +252,14 @@ def shown(result: dict[str, Any]) -> list[Table | str]:
     (peak,) = device["peak"].values()
     source = "measured" if device["measured"] else "datasheet, or given"
     of_step, cost = result["step_seconds"], result["cost"]
+    when = "" if result["verdict"] == FITS else "with enough memory, "
     lines = (
         f"{result['parameters']:,} parameters; {told[result['verdict']]}\n"
         f"largest micro batch: {result['largest_micro_batch']}, that divides the global batch:"
         f" {result['largest_dividing_micro_batch']}\n"
         f"assumed: {result['assumed']['share_of_peak']:.0%} of a peak of {si(peak, 'FLOP/s')} ({source}),"
         f" {result['assumed']['reserve'] / 1e9:g} GB of a device reserved\n"
-        f"a step: {of_step['all']:,.3g} s, computing {of_step['computing']:,.3g}, sending"
+        f"{when}a step: {of_step['all']:,.3g} s, computing {of_step['computing']:,.3g}, sending"
         f" {of_step['sending']:,.3g} ({sum(result['sent_per_step'].values()) / 1e9:,.3g} GB a rank)\n"
         f"{result['tokens_per_second']:,.0f} tokens/s; {result['steps']:,} steps, {result['tokens']:,}"
         f" tokens: {duration(result['seconds'])}, {result['device_hours']:,.1f} device-hours"

@@ -25,7 +25,11 @@ from train.start import build_model
 
 CONF = ROOT / "conf"
 EVERY = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
-OTHERS = ("hardware", "search", "study")  # groups of other commands than a run's, whose tests have each of them
+OTHERS = (
+    "hardware",
+    "search",
+    "study",
+)  # groups of other commands than a run's, whose tests have each of them
 CHOICES = [(group, choice) for group, choice in EVERY if group not in OTHERS]
 USUAL = {"optim": "adamw", "schedule": "cosine", "objective": "causal"}
 # Each choice of one group with the usual ones of the others.

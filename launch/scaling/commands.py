@@ -75,8 +75,9 @@ def forecast(node: DictConfig) -> None:
     typed = HydraConfig.get().overrides.task
     request, console = request_of(node, typed), Console(highlight=False)
     made = Path(request.directory) / FIT
-    if not any(top(one) == "table" for one in typed) and made.exists():  # the laws that were fitted there
-        asked = {key: getattr(request, key) for key in ("budget", "parameters", "unique_tokens", "directory")}
+    given = {top(override) for override in typed} | {"budget", "parameters", "unique_tokens", "directory"}
+    if "table" not in given and made.exists():  # the laws that were fitted there, but for what is given
+        asked = {key: value for key, value in vars(request).items() if key in given}
         request = Request(**(json.loads(made.read_text())["request"] | asked))
     if request.budget is request.parameters is request.unique_tokens is None:
         raise ValueError("budget: is not set, for example budget=1e21; or set parameters, or unique_tokens")

@@ -261,6 +261,8 @@ def test_the_commands(folder: Path) -> None:
         assert {"value", "low", "high"} < set(next(csv.reader(file)))
     again = command("forecast", place, "budget=1e21")  # by what was fitted there
     assert again.returncode == 0 and again.stdout == told.stdout, again.stderr
+    whole = command("forecast", place, "budget=1e21", "hold_out=false")
+    assert whole.returncode == 0 and whole.stdout != told.stdout, whole.stderr
     nothing = command("forecast", *own)
     assert nothing.returncode == 1 and nothing.stderr.startswith("error: budget: is not set")
     missing = command("fit", f"table={folder}/none.csv", f"directory={folder}/out")

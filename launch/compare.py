@@ -15,7 +15,6 @@ and report.html into the directory.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 from data.cli import main_guard, one_line_errors
-from data.files import write
 from launch.compare_page import finding, losses, page, seconds, spread
 from launch.overrides import as_typed, exactly, refuse, split, top
 from launch.report import X_AXES
@@ -36,6 +34,7 @@ from launch.report_page import duration
 from launch.request import CONF
 from launch.statistics import compared, winner
 from launch.study import Planned, Trained, at_a_time, run_all
+from launch.study_page import written
 from launch.tuning import Point, best, edges, following
 from train.config import RunConfig
 from train.ranks import end_with
@@ -285,13 +284,10 @@ def main(node: DictConfig) -> None:
     results = study(node, console)
     if results is None:
         return
-    directory = Path(node.directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write(directory / "results.json", json.dumps(results, indent=1) + "\n")
-    write(directory / "report.html", page(results))
+    report = written(Path(node.directory), results, page(results))
     console.print(table(results))
     console.print(finding(results), markup=False)
-    console.print(str(directory / "report.html"), soft_wrap=True)
+    console.print(str(report), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data.cli import instantiate, main_guard, one_line_errors
-from data.files import write
 from launch import study_page
 from launch.overrides import as_typed, split
 from launch.report_page import NONE, style
 from launch.request import CONF, require_run
 from launch.study import Planned, Trained, run_all
-from launch.study_page import Axis, Line, folded, paragraph, plot, plots, section
+from launch.study_page import Axis, Line, folded, paragraph, plot, plots, section, written
 from train.checkpoint import newest_good, path_of, read_state, steps
 from train.config import RunConfig, check_world, load, to_container
 from train.config import steps as steps_of
@@ -351,12 +350,10 @@ def main(node: DictConfig) -> None:
     plan, _ = split(node, Plan)
     console = Console(highlight=False)
     results = measure(plan, console)
-    directory = _directory(plan)
-    write(directory / "results.json", json.dumps(results, indent=1) + "\n")
-    write(directory / "report.html", page(results))
+    report = written(_directory(plan), results, page(results))
     console.print(table(results))
     console.print(finding(results), markup=False, soft_wrap=True)
-    console.print(str(directory / "report.html"), soft_wrap=True)
+    console.print(str(report), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from data.files import write
+
 TEMPLATE = Path(__file__).with_name("study_template.html")
 
 
@@ -58,6 +60,14 @@ def page(title: str, kind: str, body: str) -> str:
         "plotly": get_plotlyjs(),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def written(directory: Path, results: dict[str, Any], html: str) -> Path:
+    """The path of the report, which is written into the directory beside the results that it shows."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write(directory / "results.json", json.dumps(results, indent=1) + "\n")
+    write(directory / "report.html", html)
+    return directory / "report.html"
 
 
 def plot(title: str, note: str, xs: Sequence[Axis], y: Axis, lines: Sequence[Line]) -> str:

@@ -17,7 +17,6 @@ Writes results.json and report.html into the directory, beside optuna's own tria
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from data.cli import main_guard, one_line_errors
-from data.files import write
 from launch.overrides import as_typed, spelled, split, top
 from launch.pool import Pool
 from launch.request import CONF
 from launch.search import Plan, Search, Sweep, Task
 from launch.search_space import multirun, overrides, settings, space, wandb
 from launch.study import Planned, at_a_time
+from launch.study_page import written
 from launch.sweep_page import finding, page, ranked, table
 from train.lock import Lock
 from train.ranks import end_with
@@ -93,8 +92,7 @@ def search(sweep: Sweep, console: Console) -> dict[str, Any]:
             Pool([Task(found) for _ in range(found.total - found.over)], console, workers).work()
         finally:
             results = found.results()
-            write(directory / "results.json", json.dumps(results, indent=1) + "\n")
-            write(directory / "report.html", page(results))
+            written(directory, results, page(results))
         return results
     finally:
         lock.release()

@@ -31,7 +31,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data.cli import instantiate, main_guard, one_line_errors
-from data.files import write
 from data.prepare import prepare
 from data.shards import TokenStream
 from data.tokenizer import load_tokenizer
@@ -39,6 +38,7 @@ from launch.overrides import as_typed, refuse, split
 from launch.report_page import count
 from launch.request import CONF
 from launch.study import Planned, Trained, run_all
+from launch.study_page import written
 from launch.tokenizer_page import bits, page
 from launch.tokenizer_text import Piece, guesses_languages, held_out, measure, speeds
 from train.config import load
@@ -258,11 +258,9 @@ def main(node: DictConfig) -> None:
     refuse(HydraConfig.get().overrides.task, OWN)
     console = Console(highlight=False)
     results = study(node, console)
-    directory = Path(node.directory)
-    write(directory / "results.json", json.dumps(results, indent=1) + "\n")
-    write(directory / "report.html", page(results))
+    report = written(Path(node.directory), results, page(results))
     console.print(table(results))
-    console.print(str(directory / "report.html"), soft_wrap=True)
+    console.print(str(report), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ and report.html into the directory.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,10 +31,10 @@ from rich.table import Table
 from scipy.stats import t as student
 
 from data.cli import main_guard, one_line_errors
-from data.files import write
 from launch.overrides import as_typed, refuse, spelled, split
 from launch.request import CONF
 from launch.study import Planned, Trained, run_all
+from launch.study_page import written
 from launch.transfer_page import finding, page, spread
 from train.ranks import end_with
 
@@ -247,14 +246,11 @@ def main(node: DictConfig) -> None:
     refuse(HydraConfig.get().overrides.task, OWN)
     console = Console(highlight=False)
     results = study(node, console)
-    directory = Path(node.directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write(directory / "results.json", json.dumps(results, indent=1) + "\n")
-    write(directory / "report.html", page(results))
+    report = written(Path(node.directory), results, page(results))
     console.print(table(results))
     for line in finding(results):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(str(directory / "report.html"), soft_wrap=True)
+    console.print(str(report), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ IsoFLOP minima say of the same budget.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from launch.scaling.constrained import Constrained
 from launch.scaling.isoflop import Isoflop
-from launch.scaling.parametric import Fit, Law
+from launch.scaling.parametric import Fit, Law, plain
 from launch.scaling.power import Estimate
 from launch.scaling.resample import interval
 
@@ -95,8 +94,7 @@ def _estimate(fitted: Fitted, of: Callable[[Law], np.ndarray]) -> dict[str, floa
 def _between(value: Any, drawn: Any) -> dict[str, float | None]:
     """drawn: [S], of the resamples."""
     low, high = interval(np.where(np.isfinite(drawn), drawn, np.nan))
-    found = Estimate(float(value), low, high)._asdict()
-    return {key: number if math.isfinite(number) else None for key, number in found.items()}
+    return {key: plain(number) for key, number in Estimate(float(value), low, high)._asdict().items()}
 
 
 def _off(fitted: Fitted, flops: float, times: float) -> dict[str, Any]:

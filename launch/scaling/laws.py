@@ -298,4 +298,4 @@ def _thinned(values: np.ndarray, most: int = 200) -> list[float]:
 
 
 def _ends(ends: tuple[float, float]) -> list[float | None]:
-    return [end if math.isfinite(end) else None for end in ends]
+    return [parametric.plain(end) for end in ends]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.memory import Planned
 from launch.request import CONF
 from train.config import accumulation
-from train.hardware import DTYPES, device_name, peak_flops
+from train.hardware import DTYPES, device_name, peak_flops, total_memory
 
 HERE = "here"
 BOTH_WAYS = 2  # an all-reduce is a reduce-scatter and an all-gather (ZeRO: arXiv 1910.02054, section 7.1)
@@ -58,12 +58,11 @@ def hardware(name: str, precision: str) -> Hardware:
 
 def _this_machine(precision: str) -> Hardware:
     if torch.cuda.is_available():
-        memory, devices = torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
-        return Hardware(device_name(), memory, {precision: peak_flops(precision)}, None, None, devices)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        peaks, devices = {precision: peak_flops(precision)}, torch.cuda.device_count()
+        return Hardware(device_name(), total_memory(), peaks, None, None, devices)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    peak = None if precision == "fp16" else peak_flops(precision)
-    return Hardware(device_name(), memory, {precision: peak}, None, None, 1, cpu=True, measured=True)
+    peaks = {precision: None if precision == "fp16" else peak_flops(precision)}
+    return Hardware(device_name(), total_memory(), peaks, None, None, 1, cpu=True, measured=True)
 
 
 def sent(planned: Planned) -> dict[str, float]:

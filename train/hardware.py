@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -46,6 +47,13 @@ def measure_matmul(dtype: torch.dtype, size: int = 2048, repeats: int = 4) -> fl
         a @ b
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def total_memory() -> int:
+    """Bytes of a GPU's memory, or of this machine's where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_bytes() -> int:

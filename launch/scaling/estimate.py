@@ -1,4 +1,4 @@
-"""What a run will take, told before it is started: memory and time."""
+"""How long a run will take, told before it is started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rich.console import Console
 
 from launch.overrides import exactly
 from launch.study import Planned, Trained, run_all
-from model.flops import Counts
 from train import hardware
 from train.config import RunConfig
 
@@ -28,12 +27,6 @@ class Pace:
 
     def seconds(self, steps: int, evaluations: int) -> float:
         return START_S + steps * self.step + evaluations * self.evaluation
-
-
-def state_bytes(config: RunConfig, counts: Counts) -> int:
-    """Weights, gradients, and the optimizer's master weights and two moments: of all ranks, without
-    activations."""
-    return (4 + 4 + 8 if config.engine.precision == "fp32" else 2 + 2 + 4 + 8) * counts.parameters
 
 
 def device_peak(config: RunConfig) -> float | None:

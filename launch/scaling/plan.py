@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.report_page import duration
-from launch.scaling.estimate import START_S, Pace, device_peak, probe, state_bytes
+from launch.scaling.estimate import START_S, Pace, device_peak, probe
 from launch.scaling.shapes import scientific, short
 from launch.scaling.study import Plan, Sized
+from train.hardware import total_memory
 
 WIDTH = 200  # columns, of which the table needs some 150
 NAMED = 5  # runs that a warning names
@@ -27,16 +28,11 @@ def seconds(plan: Plan, console: Console) -> list[float]:
             START_S + run.flops / (peak * study.utilization * nodes * (run.config.engine.ranks or 1))
             for run in plan.runs
         ]
-    shapes = {_step(run): run for run in reversed(plan.runs)}
+    shapes = {run.step: run for run in reversed(plan.runs)}
     console.rule("a few steps of each shape, to see how long it takes")
     paces = probe([run.planned for run in shapes.values()], Path(study.trials), console, study.parallel)
     by_size = dict(zip(shapes, paces, strict=True))
-    return [_seconds(run, by_size[_step(run)]) for run in plan.runs]
-
-
-def _step(run: Sized) -> tuple[int, int, int]:
-    """What the time of a step depends on."""
-    return run.parameters, run.config.global_batch, run.config.sequence_length
+    return [_seconds(run, by_size[run.step]) for run in plan.runs]
 
 
 def _seconds(run: Sized, pace: Pace) -> float:
@@ -52,17 +48,17 @@ def show(plan: Plan, console: Console) -> None:
     ruled = sorted({key for run in plan.runs for key in run.given})
     for column in (
         "parameters", "without emb.", "tokens", "steps", "tokens/N", "epochs", "FLOP",
-        *(key.rpartition(".")[2] for key in ruled or ["optim.learning_rate"]), "state", "time",
+        *(key.rpartition(".")[2] for key in ruled or ["optim.learning_rate"]), "memory", "time",
     ):  # fmt: skip
         shown.add_column(column, justify="right", no_wrap=True)
-    for run, time in zip(plan.runs, times, strict=True):
+    for run, size, time in zip(plan.runs, plan.memory, times, strict=True):
         counts, epochs = run.shape.counts, plan.epochs(run)
         given = [f"{run.given[key]:g}" for key in ruled] or [f"{run.config.optim['learning_rate']:g}"]
         shown.add_row(
             run.name, short(counts.parameters), short(counts.parameters_without_embeddings),
             short(run.tokens), f"{run.steps:,}", f"{run.tokens / counts.parameters:.3g}",
             "" if epochs is None else f"{epochs:.2g}", f"{run.flops:.4g}", *given,
-            _bytes(state_bytes(run.config, counts)), _time(time),
+            _bytes(size), _time(time),
         )  # fmt: skip
     # Whole lines, which a narrower terminal wraps.
     Console(file=console.file, highlight=False, width=WIDTH).print(shown)
@@ -73,6 +69,12 @@ def show(plan: Plan, console: Console) -> None:
         " was trained before",
         soft_wrap=True,
     )
+    if plan.study.launcher != "slurm" and plan.in_memory < plan.at_once:
+        console.print(
+            f"warning: a rank allocates up to {_bytes(max(plan.memory))}, too much for"
+            f" {plan.at_once} at a time in {_bytes(total_memory())}; set micro_batch, engine.zero_stage, or parallel",
+            soft_wrap=True,
+        )
     if warning := repeated(plan):
         console.print(f"warning: {warning}", soft_wrap=True)
 

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.cli import instantiate
 from data.prepare import prepare
 from data.shards import read_manifest
+from launch.memory import Planned as Memory
 from launch.overrides import as_typed, spelled, split
 from launch.scaling.rules import Power, check_rule, powers_of, values
 from launch.scaling.shapes import Shape, scientific, shapes_of, short
 from launch.study import Planned, at_a_time
-from train.config import RunConfig
+from train.config import RunConfig, micro_batch
+from train.hardware import total_memory
 from train.supply import check_reached, supply
 
 # Keys of a run that the study sets by itself, and what to set instead.
@@ -131,6 +134,11 @@ class Sized:
         return self.steps * self.config.global_batch * self.config.sequence_length
 
     @property
+    def step(self) -> tuple[int, int, int]:
+        """What the time and memory of a step depend on."""
+        return self.parameters, self.config.global_batch, self.config.sequence_length
+
+    @property
     def flops(self) -> int:
         return self.tokens * self.shape.counts.training_flops_per_token
 
@@ -138,19 +146,28 @@ class Sized:
 @dataclass(frozen=True)
 class Plan:
     """All runs of a study, by budget, size and seed. prepared: the data. unique: training tokens that it has;
-    None where it is a stream, whose end nobody knows."""
+    None where it is a stream, whose end nobody knows. memory: bytes that a rank of each run allocates."""
 
     study: Study
     runs: list[Sized]
     prepared: Path
     unique: int | None
+    memory: list[int]
 
     @property
     def at_once(self) -> int:
         """Runs beside each other."""
-        if self.study.launcher == "slurm":
+        if self.study.parallel or self.study.launcher == "slurm":
             return self.study.parallel or len(self.runs)
-        return self.study.parallel or min(at_a_time(run.config) for run in self.runs)
+        return max(1, min(self.in_memory, *(at_a_time(run.config) for run in self.runs)))
+
+    @property
+    def in_memory(self) -> int:
+        """Runs whose memory this machine has; of GPUs, which are no two runs', any number or none."""
+        if torch.cuda.is_available():
+            return len(self.runs) if max(self.memory) <= total_memory() else 0
+        ranks = max(run.config.engine.ranks or 1 for run in self.runs)
+        return total_memory() // (ranks * max(self.memory))
 
     def epochs(self, run: Sized) -> float | None:
         """How often a run sees its data."""
@@ -191,7 +208,20 @@ def plan_of(node: DictConfig) -> Plan:
         except ValueError as error:
             raise ValueError(f"budgets: {run.name}: {error}") from None
     samples = getattr(supply(runs[0].config, objective, prepared).packing, "samples", None)
-    return Plan(study, runs, prepared, samples and samples * first.sequence_length)
+    gpu = torch.cuda.is_available() or study.launcher == "slurm"
+    memory = _memory(runs, vocabulary, gpu)
+    return Plan(study, runs, prepared, samples and samples * first.sequence_length, memory)
+
+
+def _memory(runs: Sequence[Sized], vocabulary: int, gpu: bool) -> list[int]:
+    """Bytes that a rank allocates at its fullest moment, as `python -m launch.plan` counts them."""
+    found: dict[tuple[int, int, int], int] = {}
+    for run in runs:
+        if run.step not in found:
+            ranks = run.config.engine.ranks or 1
+            memory = Memory(run.config, ranks, vocabulary, gpu).at(micro_batch(run.config, ranks))
+            found[run.step] = memory.peak
+    return [found[run.step] for run in runs]
 
 
 def _sized(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -24,7 +25,9 @@ from rich.console import Console
 from data.cli import one_line
 from data.shards import read_manifest
 from launch.launchers import JOB, Slurm, queued
+from launch.memory import Planned
 from launch.overrides import composing, refuse
+from launch.scaling import study
 from launch.scaling.plan import repeated, show
 from launch.scaling.shapes import scientific, short
 from launch.scaling.study import OWN, Plan, plan_of
@@ -117,6 +120,25 @@ def test_the_plan_is_shown_before_anything_is_trained(folder: Path) -> None:
     # A start of 8 s, and the budget at half of the peak of 1e9 FLOP/s.
     assert line.rstrip().endswith(f"{8 + planned.runs[-1].flops / 5e8:.3g} s")
     assert not (folder / "none").exists()
+
+
+def test_memory_is_that_of_the_planner_and_bounds_how_many_run_beside_each_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, console = plan(folder), listening()
+    vocabulary = read_manifest(planned.prepared)["vocabulary_size"]
+    wanted = [
+        Planned(run.config, 1, vocabulary, torch.cuda.is_available()).at(4).peak for run in planned.runs
+    ]
+    assert planned.memory == wanted and min(wanted) < max(wanted)
+    monkeypatch.setattr(study, "at_a_time", lambda config: 8)
+    monkeypatch.setattr(study, "total_memory", lambda: 3 * max(wanted))
+    if not torch.cuda.is_available():  # of which each run has its own
+        assert planned.at_once == 3
+    monkeypatch.setattr(study, "total_memory", lambda: max(wanted) - 1)
+    assert planned.at_once == 1
+    show(planned, console)
+    assert "warning: a rank allocates up to" in said(console)
 
 
 def test_data_that_is_repeated_is_told(folder: Path) -> None:

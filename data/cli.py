@@ -70,6 +70,7 @@ def one_line(error: BaseException) -> str:
     if taken := re.match(r"Could not append to config\. An item is already at '(.*?)'", str(error).strip()):
         return f"{taken[1]}: is set already; leave out the +, and put a value with braces in quotes"
     message = re.sub(r"See https://hydra\S*.*", "", str(error))
+    message = re.sub(r"field '\w+' is not Optional", "must not be null; give a value", message)
     return " ".join(message.split()) or type(error).__name__
 
 

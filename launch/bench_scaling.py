@@ -101,15 +101,16 @@ def simulate(design: Design, seed: int) -> dict[str, Estimate | None]:
     """Of one simulation every estimate, by the names of `truths`; of the run beyond, predicted / measured.
     What could not be fitted is not there."""
     judged = judgement.judge(design.drawn(np.random.default_rng(seed)), resamples=RESAMPLES, seed=seed)
+    fits = judged.fits
     found: dict[str, Estimate | None] = {
-        f"a, {method}": law.parameters.exponent for method, law in judged.isoflops.items()
+        f"a, {method}": law.parameters.exponent for method, law in fits.isoflops.items()
     }
-    if "parabola" in judged.isoflops:
-        found["a, parabola, naive"] = _naive(judged.isoflops["parabola"])
-    if judged.parametric is not None and judged.resampled is not None:
-        intervals = judged.resampled.intervals()
+    if "parabola" in fits.isoflops:
+        found["a, parabola, naive"] = _naive(fits.isoflops["parabola"])
+    if fits.parametric is not None and fits.resampled is not None:
+        intervals = fits.resampled.intervals()
         for name in ("a", "alpha", "beta"):
-            found[f"{name}, parametric"] = Estimate(float(getattr(judged.parametric, name)), *intervals[name])
+            found[f"{name}, parametric"] = Estimate(float(getattr(fits.parametric, name)), *intervals[name])
     for one in judged.predictions:
         if one.of == "loss":
             scaled = [None if x is None else x / one.measured for x in one.predicted]

@@ -90,7 +90,10 @@ def edges(results: dict[str, Any]) -> list[str]:
 def table(results: dict[str, Any]) -> Table:
     """For the terminal, a row for each of the best trials."""
     found = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("trial", *results["search"], "validation loss"):
+    keys = list(results["search"])
+    ends = [key.rpartition(".")[2] for key in keys]
+    short = [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
+    for column in ("trial", *short, "loss"):
         found.add_column(column, justify="right", overflow="fold")
     for one in ranked(results)[:SHOWN]:
         found.add_row(str(one["number"]), *map(_shown, one["setting"].values()), f"{one['loss']:.4f}")

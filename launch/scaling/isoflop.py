@@ -136,13 +136,15 @@ def fit(points: Points, method: str = "parabola", draws: int = DRAWS, seed: int 
 def _unused(minima: Sequence[Minimum], method: str) -> str:
     """Which budgets are not used, and why. Those of too few sizes to be meant as a curve are only counted."""
     few = [one for one in minima if one.sizes < SIZES[method]]
-    said = [f"{one.budget:.3g} FLOP: {one.reason}" for one in minima if one.reason and one not in few]
+    open_ended = [f"{one.budget:.3g} FLOP: {one.reason}" for one in minima if one.reason and one not in few]
+    said = []
+    if open_ended:
+        more = f"{len(open_ended)} of {len(minima)} budgets do not bracket their minimum and are not used"
+        said.append(f"{more}: {'; '.join(open_ended)}")
     if few:
-        said.append(f"{len(few)} with fewer than the {SIZES[method]} sizes that {article(method)} needs")
-    unused = sum(not one.bracketed for one in minima)
-    return (
-        f"{unused} of {len(minima)} budgets do not bracket their minimum and are not used: {'; '.join(said)}"
-    )
+        more = f"fewer than the {SIZES[method]} sizes that {article(method)} needs"
+        said.append(f"{len(few)} of {len(minima)} budgets have {more}, and are not used")
+    return "; ".join(said)
 
 
 def _laws(

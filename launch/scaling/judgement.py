@@ -8,14 +8,15 @@ hold the uncertainty of the fit and the noise of the held-out run or minimum its
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from launch.scaling import isoflop, parametric
+from launch.scaling.fits import Fits, fits_of
 from launch.scaling.isoflop import Isoflop
-from launch.scaling.minima import SIZES, Curve, minimum
+from launch.scaling.minima import Curve, minimum
 from launch.scaling.parametric import Fit, Law
 from launch.scaling.power import LEVEL, Estimate, LossLaw, PowerLaw
 from launch.scaling.surface import through
@@ -53,18 +54,22 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Judgement:
-    """predictions: of every law. budget: held out. fitted: how many runs the laws were fitted to. times: the
-    held-out budget over the largest fitted one. notes: why a law is lacking, and other warnings. parametric,
-    resampled, isoflops: the laws; these by method."""
+    """fits: the laws, and what they were fitted to. held: the runs of the held-out budget. predictions: of
+    every law. notes: why a law is lacking, and other warnings."""
 
-    budget: float
-    fitted: int
-    times: float
+    fits: Fits
+    held: Points
     predictions: tuple[Prediction, ...]
     notes: tuple[str, ...]
-    parametric: Fit | None
-    resampled: Law | None
-    isoflops: dict[str, Isoflop]
+
+    @property
+    def budget(self) -> float:
+        return float(self.held.budget[0])
+
+    @property
+    def times(self) -> float:
+        """The held-out budget over the largest fitted one."""
+        return self.budget / float(self.fits.points.budget.max())
 
     @property
     def headline(self) -> Prediction | None:
@@ -77,7 +82,7 @@ class Judgement:
     def as_json(self) -> dict[str, Any]:
         return {
             "budget": self.budget,
-            "fitted": self.fitted,
+            "fitted": len(self.fits.points),
             "times": self.times,
             "headline": None if self.headline is None else self.headline.as_json(),
             "predictions": [one.as_json() for one in self.predictions],
@@ -102,26 +107,20 @@ def judge(
         raise ValueError(f"judgement: no runs have the budget {budget:.4g}; name one of {_listed(budgets)}")
     chosen = float(budgets[-1] if budget is None else budget)
     held, rest = points.select(points.budget == chosen), points.select(points.budget != chosen)
-    predictions: list[Prediction] = []
-    fitted = resampled = None
-    try:
-        fitted = parametric.fit(rest, grid=False)
-        resampled = parametric.bootstrap(rest, fitted, resamples, seed)
-        predictions += _by_parametric(fitted, resampled, rest, held, seed)
-    except ValueError as error:
-        notes.append(f"no parametric law: {error}")
-    isoflops = {}
-    for method in SIZES:
-        try:
-            isoflops[method] = isoflop.fit(rest, method, seed=seed)
-        except ValueError as error:
-            notes.append(f"no IsoFLOP law by {method}: {error}")
-        else:
-            found, warnings = _by_isoflop(isoflops[method], rest, held, seed)
-            predictions += found
-            notes += warnings
-    times = chosen / float(rest.budget.max())
-    return Judgement(chosen, len(rest), times, tuple(predictions), tuple(notes), fitted, resampled, isoflops)
+    found = judged(fits_of(rest, resamples, seed), held, seed)
+    return replace(found, notes=(*notes, *found.notes))
+
+
+def judged(fits: Fits, held: Points, seed: int) -> Judgement:
+    """What laws say of runs of another budget."""
+    predictions, notes = list[Prediction](), list(fits.notes)
+    if fits.parametric is not None and fits.resampled is not None:
+        predictions += _by_parametric(fits.parametric, fits.resampled, fits.points, held, seed)
+    for law in fits.isoflops.values():
+        found, warnings = _by_isoflop(law, fits.points, held, seed)
+        predictions += found
+        notes += warnings
+    return Judgement(fits, held, tuple(predictions), tuple(notes))
 
 
 def _listed(budgets: np.ndarray) -> str:

@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,13 +16,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from launch.scaling import constrained, conventions, frontier, identifiability, isoflop, judgement, parametric
+from launch.scaling.fits import Fits, fits_of
 from launch.scaling.forecast import Fitted
+from launch.scaling.isoflop import Isoflop
 from launch.scaling.minima import SIZES, Curve
 from launch.scaling.parametric import Fit, Law
 from launch.scaling.table import Points, clustered, read
 
 CURVE = 3  # runs of a budget, to be held out where budgets are found from the runs
 METHOD = "parabola"  # whose power laws a forecast shows
+STRICTEST = "akima"  # which lacks what all others lack
 DRAWN = 60  # points of a line
 Found = TypeVar("Found")
 
@@ -122,28 +124,27 @@ def fit(request: Request, console: Console) -> dict[str, Any]:
         with console.status(name):
             return attempted(name, make)
 
-    fitted = runs.fitted
+    fitted, held = runs.fitted, runs.kept.select(runs.kept.budget > runs.fitted.budget.max())
+    fits = _fits(request, fitted, console)
+    notes += fits.notes
     found: dict[str, Any] = {
         "request": dataclasses.asdict(request),
         "runs": {"table": len(runs.every), "kept": len(runs.kept), "fitted": len(fitted)},
         "shared": runs.every.shared,
         "points": _rows(runs),
-        "parametric": attempted("parametric law", lambda: _parametric(request, runs, console)),
-        "isoflop": {
-            method: seconds(f"IsoFLOP law by {method}", partial(_isoflop, request, fitted, method))
-            for method in SIZES
-        },
+        "parametric": seconds("parametric law", lambda: _parametric(request, runs, fits)),
+        "isoflop": {method: _isoflop(fitted, fits.isoflops.get(method)) for method in SIZES},
         "frontier": seconds("minimum over training curves", lambda: _frontier(request, runs)),
         "constrained": seconds("law of repeated data", lambda: _constrained(request, fitted)),
         "conventions": seconds("conventions", lambda: _conventions(request, fitted)),
-        "judgement": None,
+        "judgement": judgement.judged(fits, held, request.seed).as_json() if len(held) else None,
     }
-    if request.hold_out:
-        found["judgement"] = seconds("judgement", partial(_judgement, request, runs.kept))
-    if found["parametric"] is None and not any(found["isoflop"].values()):
-        held = len(runs.kept) - len(fitted)
-        more = f"; {held} runs are held out, and hold_out=false fits them too" if held else ""
-        raise ValueError(f"{request.table}: no law can be fitted; {'; '.join(notes)}{more}")
+    if request.hold_out and not len(held):
+        notes.append("judgement: the table has 1 budget; it needs one to fit and one to hold out")
+    if fits.parametric is None and not fits.isoflops:
+        more = f"; {len(held)} runs are held out, and hold_out=false fits them too" if len(held) else ""
+        why = "; ".join(note for note in fits.notes if not note.startswith(f"no IsoFLOP law by {STRICTEST}"))
+        raise ValueError(f"{request.table}: no law can be fitted; {why}{more}")
     return found | {"notes": [*runs.notes, *notes]}
 
 
@@ -188,16 +189,21 @@ def _rows(runs: Runs) -> list[dict[str, Any]]:
     ]
 
 
-def _parametric(request: Request, runs: Runs, console: Console) -> dict[str, Any]:
-    points = runs.fitted
+def _fits(request: Request, points: Points, console: Console) -> Fits:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
 
         def bar(name: str) -> Callable[[int, int], None]:
             task = progress.add_task(name)
             return lambda done, total: progress.update(task, completed=done, total=total)
 
-        law = parametric.fit(points, grid=request.grid, progress=bar("starts of the parametric law"))
-        resampled = parametric.bootstrap(points, law, request.resamples, request.seed, bar("its resamples"))
+        bars = bar("starts of the parametric law"), bar("its resamples")
+        return fits_of(points, request.resamples, request.seed, request.grid, bars)
+
+
+def _parametric(request: Request, runs: Runs, fits: Fits) -> dict[str, Any] | None:
+    points, law, resampled = fits.points, fits.parametric, fits.resampled
+    if law is None or resampled is None:
+        return None
     profiled = identifiability.profiles(points, law, resampled, request.seed)
     found = {
         "fit": law.as_json(),
@@ -237,13 +243,10 @@ def _lines(law: Fit | Law, points: Points) -> list[dict[str, Any]]:
     return found
 
 
-def _judgement(request: Request, points: Points) -> dict[str, Any]:
-    return judgement.judge(points, resamples=request.resamples, seed=request.seed).as_json()
-
-
-def _isoflop(request: Request, points: Points, method: str) -> dict[str, Any]:
-    law = isoflop.fit(points, method, seed=request.seed)
-    lines = []
+def _isoflop(points: Points, law: Isoflop | None) -> dict[str, Any] | None:
+    if law is None:
+        return None
+    method, lines = law.method, []
     for budget, runs in points.isoflops():
         curve = Curve.of(budget, runs)
         if len(curve.sizes) >= SIZES[method]:

@@ -96,6 +96,7 @@ MISTAKES = [
     ("directory={0}/empty.txt/run", "directory: cannot write to {0}/empty.txt/run"),
     ("experiment=dmo", "experiment=dmo: no such choice; there are bert-cramming,"),
     ("model=gpt3", "model=gpt3: no such choice; there are"),
+    ("horizon=null", "horizon: must not be null; give a value"),
     ("horizon.epochs=1", "horizon: steps and epochs are set; set exactly one"),
     ("sequence_length", "Error parsing override 'sequence_length'"),
     ("name=${{nope}}", "name: interpolation key 'nope' not found"),

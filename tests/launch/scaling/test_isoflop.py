@@ -163,14 +163,14 @@ def test_too_few_sizes(method: str, needed: int) -> None:
         f"it has {needed - 1} different sizes and"
         f" {'a parabola' if method == 'parabola' else 'an Akima interpolation'} needs {needed}; add sizes"
     )
-    assert f"1 with fewer than the {needed} sizes" in found.notes[0]
+    assert f"1 of 4 budgets have fewer than the {needed} sizes" in found.notes[0]
 
 
 def test_equal_sizes() -> None:
     runs = study(Design(budgets=3))
     same = dataclasses.replace(runs, parameters=np.where(runs.budget == runs.budget[0], 1e8, runs.parameters))
     assert fit(same).minima[0].reason == "all runs have the same size and a parabola needs 3; add sizes"
-    with pytest.raises(ValueError, match="3 of 3 budgets do not bracket.*3 with fewer than the 3 sizes"):
+    with pytest.raises(ValueError, match="3 of 3 budgets have fewer than the 3 sizes that a parabola needs"):
         fit(dataclasses.replace(runs, parameters=np.full(len(runs), 1e8)))
 
 

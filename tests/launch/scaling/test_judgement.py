@@ -29,7 +29,7 @@ def test_the_largest_budget_is_held_out_and_predicted() -> None:
     runs = study(design)
     judged = judge(runs, resamples=200)
     largest = runs.budget.max()
-    assert judged.budget == largest and judged.fitted == 15 and judged.times == pytest.approx(4)
+    assert judged.budget == largest and len(judged.fits.points) == 15 and judged.times == pytest.approx(4)
     by_run = of(judged, "parametric")
     assert [one.measured for one in by_run] == runs.loss[runs.budget == largest].tolist()
     assert all(abs(one.error) < 0.005 for one in by_run)
@@ -89,7 +89,7 @@ def test_laws_that_cannot_be_fitted_are_said() -> None:
     runs = study(Design(budgets=3, sizes=4))
     judged = judge(runs, resamples=100)
     assert any(note.startswith("no IsoFLOP law by akima") for note in judged.notes)
-    assert "akima" not in judged.isoflops and not of(judged, "IsoFLOP, akima")
+    assert "akima" not in judged.fits.isoflops and not of(judged, "IsoFLOP, akima")
     first = runs.select(runs.budget == runs.budget[0])
     with pytest.raises(ValueError, match="the table has 1 budget; it needs one to fit and one to hold out"):
         judge(first)

@@ -58,7 +58,7 @@ def report(node: DictConfig) -> None:
         raise ValueError(
             f"directory: {request.directory} has no {FIT}; python -m launch.scaling fit makes it"
         )
-    found = json.loads(path.read_text())
+    found = made(path)
     made_from = Path(found["request"]["table"])
     if made_from.exists() and made_from.stat().st_mtime > path.stat().st_mtime:
         raise ValueError(f"{path}: is older than {made_from}; fit it again")
@@ -74,11 +74,11 @@ def report(node: DictConfig) -> None:
 def forecast(node: DictConfig) -> None:
     typed = HydraConfig.get().overrides.task
     request, console = request_of(node, typed), Console(highlight=False)
-    made = Path(request.directory) / FIT
+    path = Path(request.directory) / FIT
     given = {top(override) for override in typed} | {"budget", "parameters", "unique_tokens", "directory"}
-    if "table" not in given and made.exists():  # the laws that were fitted there, but for what is given
+    if "table" not in given and path.exists():  # the laws that were fitted there, but for what is given
         asked = {key: value for key, value in vars(request).items() if key in given}
-        request = Request(**(json.loads(made.read_text())["request"] | asked))
+        request = Request(**(made(path)["request"] | asked))
     if request.budget is request.parameters is request.unique_tokens is None:
         raise ValueError("budget: is not set, for example budget=1e21; or set parameters, or unique_tokens")
     fitted, notes = laws.for_forecast(request)
@@ -98,6 +98,17 @@ def forecast(node: DictConfig) -> None:
     for line in [*_remarks(request, fitted, found), *notes]:
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"{directory / FORECAST}.json and .csv", soft_wrap=True)
+
+
+def made(path: Path) -> dict[str, Any]:
+    """A fit.json. Raises ValueError where another version of this code wrote it, or it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged; python -m launch.scaling fit makes it anew") from error
+    if found.get("format") != laws.FORMAT:
+        raise ValueError(f"{path}: is of another version; python -m launch.scaling fit makes it anew")
+    return found
 
 
 def rows(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from launch.scaling.parametric import Fit, Law
 from launch.scaling.table import Points, clustered, read
 
 CURVE = 3  # runs of a budget, to be held out where budgets are found from the runs
+FORMAT = 1  # of what `fit` returns
 METHOD = "parabola"  # whose power laws a forecast shows
 STRICTEST = "akima"  # which lacks what all others lack
 DRAWN = 60  # points of a line
@@ -128,6 +129,7 @@ def fit(request: Request, console: Console) -> dict[str, Any]:
     fits = _fits(request, fitted, console)
     notes += fits.notes
     found: dict[str, Any] = {
+        "format": FORMAT,
         "request": dataclasses.asdict(request),
         "runs": {"table": len(runs.every), "kept": len(runs.kept), "fitted": len(fitted)},
         "shared": runs.every.shared,

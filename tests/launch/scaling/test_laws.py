@@ -22,7 +22,7 @@ from rich.console import Console
 from launch.overrides import composing
 from launch.request import CONF
 from launch.scaling import forecast, laws
-from launch.scaling.commands import request_of, rows, told_rows
+from launch.scaling.commands import made, request_of, rows, told_rows
 from launch.scaling.laws import Request
 from launch.scaling.page import finding, page, remarks
 from launch.scaling.table import Points, points, write
@@ -265,6 +265,12 @@ def test_the_commands(folder: Path) -> None:
     assert whole.returncode == 0 and whole.stdout != told.stdout, whole.stderr
     nothing = command("forecast", *own)
     assert nothing.returncode == 1 and nothing.stderr.startswith("error: budget: is not set")
+    path = folder / "out" / "fit.json"
+    whole_fit = path.read_text()
+    for text, why in ((whole_fit.replace('"format": 1', '"format": 0'), "another version"), ("{", "damaged")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"fit.json: is .*{why}; python -m launch.scaling fit makes it"):
+            made(path)
     missing = command("fit", f"table={folder}/none.csv", f"directory={folder}/out")
     assert missing.returncode == 1 and len(missing.stderr.strip().splitlines()) == 1
 

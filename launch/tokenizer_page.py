@@ -1,23 +1,19 @@
-"""The HTML of a tokenizer study. All text is escaped here: names of sources come from the corpus."""
+"""The HTML of a tokenizer study."""
 
 from __future__ import annotations
 
 import html
-import json
-import re
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from pathlib import Path
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
 import yaml
-from plotly.offline import get_plotlyjs
 
+from launch import study_page
 from launch.report_page import NONE, count, si, style
-from launch.study_page import table as html_table
+from launch.study_page import Axis, Line, bullets, chip, folded, paragraph, plot, plots, section
 
-TEMPLATE = Path(__file__).with_name("tokenizer_template.html")
 LEAST_SHARE = 0.01  # of the held-out bytes, below which a source or language is not shown by itself
 
 Own = dict[str, Any]  # what results.json says of one tokenizer
@@ -26,21 +22,18 @@ Own = dict[str, Any]  # what results.json says of one tokenizer
 def page(results: dict[str, Any]) -> str:
     """The whole page about what `launch.tokenizers.study` gives."""
     tokenizers = results["tokenizers"]
-    parts = {
-        "title": html.escape(f"Tokenizers on {results['run']['data']['name']}"),
-        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "lead": f'<p class="lead">{html.escape(finding(results))}</p>',
-        "table": _table(tokenizers),
-        "equal": _equal(results),
-        "sources": _groups(results, "source", "By source"),
-        "languages": _groups(results, "language", "By language"),
-        "settings": html.escape(
-            yaml.safe_dump({key: results[key] for key in ("settings", "run")}, sort_keys=False)
-        ),
-        "data": json.dumps(lines(tokenizers)).replace("<", "\\u003c"),  # so that nothing closes the element
-        "plotly": get_plotlyjs(),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    settings = yaml.safe_dump({key: results[key] for key in ("settings", "run")}, sort_keys=False)
+    body = [
+        paragraph(finding(results), "lead"),
+        plots(_plots(tokenizers)),
+        section("Tokenizers", _table(tokenizers)),
+        _equal(results),
+        _groups(results, "source", "By source"),
+        _groups(results, "language", "By language"),
+        section("Settings", folded("of the study and its runs", settings)),
+    ]
+    title = f"Tokenizers on {results['run']['data']['name']}"
+    return study_page.page(title, "tokenizer study", "".join(body))
 
 
 def bits(own: Own) -> list[float]:
@@ -67,29 +60,46 @@ def finding(results: dict[str, Any]) -> str:
     return f"{first} Second is {second['name']}, {mean(bits(second)):.4f}: {said} the second's."
 
 
-def lines(tokenizers: Sequence[Own]) -> list[dict[str, Any]]:
-    """What the plots are drawn from: for each algorithm its vocabularies, ascending, and what came out."""
-    drawn = []
+def lines(tokenizers: Sequence[Own]) -> dict[str, list[Line]]:
+    """Against the vocabulary a line for each algorithm: bits per byte, from the lowest seed to the highest,
+    and bytes per token."""
+    drawn: dict[str, list[Line]] = {"bits": [], "bytes": []}
     for index, algorithm in enumerate(dict.fromkeys(own["algorithm"] for own in tokenizers)):
         found = [own for own in tokenizers if own["algorithm"] == algorithm]
         found.sort(key=lambda own: own["vocabulary_size"])
-        drawn.append(
-            {
-                "name": algorithm,
-                "color": style(index)["color"],
-                "lossless": all(own["lossless"] for own in found),
-                "vocabulary": [own["vocabulary_size"] for own in found],
-                "bytes": [own["bytes_per_token"] for own in found],
-                "bits": [mean(bits(own)) for own in found],
-                "above": [max(bits(own)) - mean(bits(own)) for own in found],
-                "below": [mean(bits(own)) - min(bits(own)) for own in found],
-            }
+        lossless = all(own["lossless"] for own in found)
+        line = Line(
+            algorithm if lossless else f"{algorithm} (loses text)",
+            style(index)["color"],
+            [[own["vocabulary_size"] for own in found]],
+            [own["bytes_per_token"] for own in found],
+            dash="solid" if lossless else "dot",
+            symbol="circle" if lossless else "circle-open",
         )
+        drawn["bytes"].append(line)
+        of_seeds = [bits(own) for own in found]
+        low, high = [min(seeds) for seeds in of_seeds], [max(seeds) for seeds in of_seeds]
+        drawn["bits"].append(replace(line, y=[mean(seeds) for seeds in of_seeds], low=low, high=high))
     return drawn
 
 
+def _plots(tokenizers: Sequence[Own]) -> list[str]:
+    drawn, sizes = lines(tokenizers), sorted({own["vocabulary_size"] for own in tokenizers})
+    apart = [size for i, size in enumerate(sizes) if i == 0 or size > 1.15 * sizes[i - 1]]  # to be legible
+    ticks = {"tickmode": "array", "tickvals": apart, "ticktext": [f"{size:,}" for size in apart]}
+    vocabulary = [Axis("vocabulary", log=True, format=ticks)]
+    of_bits = "Of a small model. Mean of the seeds, and from the lowest to the highest; lower is better."
+    of_bytes = "Higher: the same text in fewer tokens."
+    from_zero = Axis("bytes per token", format={"rangemode": "tozero"})
+    return [
+        plot("Bits per byte of held-out text", of_bits, vocabulary, Axis("bits per byte"), drawn["bits"]),
+        plot("Bytes per token of held-out text", of_bytes, vocabulary, from_zero, drawn["bytes"]),
+    ]
+
+
 def _table(tokenizers: Sequence[Own]) -> str:
-    colors = {line["name"]: line["color"] for line in lines(tokenizers)}
+    algorithms = list(dict.fromkeys(own["algorithm"] for own in tokenizers))
+    colors = {algorithm: style(index)["color"] for index, algorithm in enumerate(algorithms)}
     columns: dict[str, Callable[[Own], str]] = {
         "vocabulary": lambda own: f"{own['vocabulary_size']:,}",
         "bits per byte": _bits_cell,
@@ -106,15 +116,14 @@ def _table(tokenizers: Sequence[Own]) -> str:
     }
     rows = []
     for own in tokenizers:
-        chip = f'<span class="chip" style="background:{colors[own["algorithm"]]}"></span>'
-        rows.append([chip + html.escape(own["name"]), *(cell(own) for cell in columns.values())])
+        rows.append([chip(colors[own["algorithm"]], own["name"]), *(cell(own) for cell in columns.values())])
     note = (
         '<p class="faint">* loses part of the text, and has less to predict: its bits per byte do not'
         " compare. Bytes spelled: those in whose place a token stands that spells just them. Vocabulary used:"
         " what the training text holds of it. Encoding: on all cores of this machine, the tokenizers taking"
         " turns; the best turn, and the median ratio to the first.</p>"
     )
-    return html_table(["", *columns], rows) + note
+    return study_page.table(["", *columns], rows) + note
 
 
 def _bits_cell(own: Own) -> str:
@@ -157,12 +166,8 @@ def _equal(results: dict[str, Any]) -> str:
             " them: a rough picture of the noise. Models are small and briefly trained, and which vocabulary"
             " is best changes with model and data."
         )
-    shown = "".join(f"<li>{html.escape(line)}</li>" for line in held)
-    other = "".join(f"<li>{html.escape(line)}</li>" for line in unequal)
-    return (
-        f"<h2>What was held equal</h2><ul>{shown}</ul><h2>What was not</h2><ul>{other}</ul>"
-        f"<h2>Noise</h2><p>{html.escape(noise)}</p>"
-    )
+    equal, other = section("What was held equal", bullets(held)), section("What was not", bullets(unequal))
+    return equal + other + section("Noise", paragraph(noise))
 
 
 def _groups(results: dict[str, Any], kind: str, title: str) -> str:
@@ -186,4 +191,4 @@ def _groups(results: dict[str, Any], kind: str, title: str) -> str:
         note += " A language that documents do not tell is guessed." if guessed else ""
     names = (html.escape(own["name"]) + ("" if own["lossless"] else "*") for own in tokenizers)
     head = [kind, "held-out text", *names]
-    return f'<h2>{title}</h2><p class="faint">{note}</p>{html_table(head, rows)}' if rows else NONE
+    return section(title, paragraph(note, "faint"), study_page.table(head, rows)) if rows else NONE

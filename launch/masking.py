@@ -3,69 +3,76 @@ at equal steps, compared on the entities of held-out text.
 
     python -m launch.masking [--seeds 3] [--directory runs/masking] [experiment=ernie-tiny key=value …]
 
-Trains one run per masking and seed, all with the same data, model and steps (what is there already goes on),
-evaluates each on one task that none was trained on alone, all entities masked (objective=knowledge-entities),
-and writes results.json and report.html. Knowledge masking adds phrases after a third of the steps, entities
-after two; it alone is told which tokens are entities, by the same list that the task is made of.
+Trains one run per masking and seed, all with the same data, model and steps, as many at a time as there are
+cores, and evaluates each on one task that none was trained on alone, all entities masked
+(objective=knowledge-entities). What is there is not trained again. Knowledge masking adds phrases after a third
+of the steps, entities after two; it alone is told which tokens are entities, by the same list that the task is
+made of. Writes results.json and report.html.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import plotly.graph_objects as go
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
 
-from data.cli import instantiate, main_guard
-from data.files import write
+from data.cli import instantiate, one_line_errors
+from launch import study_page
 from launch.evaluate import evaluate_run
-from launch.request import CONF
+from launch.overrides import composing
+from launch.report_page import style
+from launch.study import Planned, run_all
+from launch.study_page import Axis, Line, folded, plot, plots, section, written
+from train.ranks import end_with
 
 MASKINGS = {"random": "masked", "whole word": "masked-whole-word", "knowledge": "knowledge"}
 TASK = "knowledge-entities"
 
 
 def study(directory: Path, seeds: int, overrides: list[str], console: Console) -> dict[str, Any]:
-    """Train and evaluate every run: per masking and seed the loss in nats per token of a held-out entity."""
+    """Train and evaluate every run: per masking and seed the loss in nats per token of a held-out entity.
+
+    Raises ValueError where horizon.steps is not set, a run fails or diverges.
+    """
+    planned = {
+        masking: [_planned(objective, seed, overrides) for seed in range(seeds)]
+        for masking, objective in MASKINGS.items()
+    }
+    every = [one for runs in planned.values() for one in runs]
+    trained = dict(zip(every, run_all(every, directory / "trials", console), strict=True))
     results: dict[str, Any] = {"overrides": overrides, "losses": {}, "labels": {}}
-    for masking, objective in MASKINGS.items():
-        for seed in range(seeds):
-            run = directory / f"{objective}-{seed}"
-            chosen = [f"objective={objective}", f"seed={seed}", f"name={run.name}", f"directory={run}"]
-            stages = _stages(overrides) if objective == "knowledge" else []
-            console.rule(f"{masking}, seed {seed}")
-            command = [sys.executable, "-m", "train", *overrides, *chosen, *stages]
-            status = subprocess.run(command, cwd=CONF.parent).returncode
-            if status:
-                sys.exit(status)  # the run has said why
-            result = evaluate_run(run, _task())
+    for masking, runs in planned.items():
+        for one in runs:
+            if diverged := trained[one].diverged:
+                raise ValueError(f"{one.name}: diverged, {diverged}; lower optim.learning_rate")
+            with console.status(f"{one.name}: held-out entities"):
+                result = evaluate_run(trained[one].directory, _task())
             results["losses"].setdefault(masking, []).append(result.loss)
             results["labels"].setdefault(masking, []).append(result.tokens_evaluated)
     return results
 
 
-def _stages(overrides: list[str]) -> list[str]:
-    """The steps from which phrases and entities take part. Raises ValueError without horizon.steps."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        steps = compose("config", overrides=overrides).horizon.steps
-    if not steps:
-        raise ValueError("horizon.steps: must be set, for stages are counted in steps")
-    return [f"objective.stages.phrase={steps // 3}", f"objective.stages.entity={2 * steps // 3}"]
+def _planned(objective: str, seed: int, overrides: list[str]) -> Planned:
+    """In knowledge masking phrases take part after a third of the steps, and entities after two."""
+    own = [*overrides, f"objective={objective}", f"seed={seed}"]
+    if objective == "knowledge":
+        steps = Planned(objective, tuple(own)).config().horizon.steps
+        if not steps:
+            raise ValueError("horizon.steps: must be set, for stages are counted in steps")
+        own += [f"objective.stages.phrase={steps // 3}", f"objective.stages.entity={2 * steps // 3}"]
+    return Planned(f"{objective}-{seed}", tuple(own))
 
 
 def _task() -> Any:
     """The entities to guess: the same ones for every run."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         node = compose("evaluate", overrides=[f"objective={TASK}", "run=any"])
     return instantiate(node.objective, "objective")
 
@@ -84,39 +91,43 @@ def differences(losses: dict[str, list[float]], base: str = "random") -> dict[st
     }
 
 
-def figure(losses: dict[str, list[float]]) -> go.Figure:
-    """Every seed a point, beside it the mean with its interval."""
-    plot = go.Figure()
+def page(results: dict[str, Any]) -> str:
+    """The whole page."""
+    losses = results["losses"]
+    names = [name for name, values in losses.items() for _ in values]
+    seeds = Line("seeds", style(4)["color"], [names], sum(losses.values(), []), mode="markers")
+    means = [mean(values) for values in losses.values()]
+    middle = Line("means", style(0)["color"], [list(losses)], means, mode="markers", symbol="diamond")
+    note = "Held-out entities, masked whole, by what training masked; lower is better."
+    axes = [Axis("masking")], Axis("nats per token of an entity")
+    head, rows = ["", "loss on held-out entities", "less random, by seed"], _rows(losses)
+    overrides = "\n".join(results["overrides"])
+    body = [
+        plots([plot("What to mask", note, *axes, [seeds, middle])]),
+        section("Means with 95 % intervals", study_page.table(head, rows)),
+        section("Settings", folded("of the runs", overrides)),
+    ]
+    return study_page.page("What to mask", "masking study", "".join(body))
+
+
+def _rows(losses: dict[str, list[float]]) -> list[tuple[str, str, str]]:
+    """Means, and differences paired by seed, with their intervals."""
+    less, rows = differences(losses), []
     for name, values in losses.items():
-        centre, half = interval(values)
-        plot.add_scatter(
-            x=[name] * len(values), y=values, mode="markers", marker={"size": 9, "color": "#56B4E9"}
-        )
-        plot.add_scatter(
-            x=[name], y=[centre], error_y={"array": [half]}, mode="markers",
-            marker={"size": 13, "color": "#0072B2", "symbol": "diamond"},
-        )  # fmt: skip
-    plot.update_layout(
-        title="Held-out entities, masked whole, by what training masked"
-        "<br><sup>points: seeds; diamonds: means with 95 % intervals; lower is better</sup>",
-        yaxis_title="nats per token of an entity",
-        showlegend=False,
-        template="plotly_white",
-    )
-    return plot
+        paired = "" if name not in less else "{:+.4f} ± {:.4f}".format(*interval(less[name]))
+        rows.append((name, "{:.4f} ± {:.4f}".format(*interval(values)), paired))
+    return rows
 
 
 def table(losses: dict[str, list[float]]) -> Table:
-    """Means, and differences paired by seed, with their intervals."""
+    """For the terminal."""
     shown = Table("masking", "loss on held-out entities", "less random, by seed", title="Masking study")
-    less = differences(losses)
-    for name, values in losses.items():
-        centre, half = interval(values)
-        paired = "" if name not in less else "{:+.4f} ± {:.4f}".format(*interval(less[name]))
-        shown.add_row(name, f"{centre:.4f} ± {half:.4f}", paired)
+    for row in _rows(losses):
+        shown.add_row(*row)
     return shown
 
 
+@one_line_errors
 def main() -> None:
     parser = ArgumentParser(
         prog="python -m launch.masking", description=__doc__, formatter_class=RawDescriptionHelpFormatter
@@ -131,12 +142,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     console = Console(highlight=False)
     results = study(arguments.directory, arguments.seeds, arguments.overrides, console)
-    losses = results["losses"]
-    write(arguments.directory / "results.json", json.dumps(results, indent=1) + "\n")
-    figure(losses).write_html(arguments.directory / "report.html", include_plotlyjs=True)
-    console.print(table(losses))
-    console.print(f"{arguments.directory / 'report.html'}")
+    console.print(table(results["losses"]))
+    console.print(str(written(arguments.directory, results, page(results))))
 
 
 if __name__ == "__main__":
-    main_guard(main)
+    end_with(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.masking import MASKINGS, differences, figure, interval
+from launch.masking import MASKINGS, differences, interval, page
 from tests.tiny import ROOT, corpus, overrides
 from tests.train.test_run import SMALL
 
@@ -26,9 +27,13 @@ def test_differences_are_paired_by_seed() -> None:
     assert differences(losses) == {"whole word": [-0.5, 0.25], "knowledge": [-2.0, -1.0]}
 
 
-def test_the_figure_shows_every_seed_and_each_mean() -> None:
-    plot = figure({"random": [3.0, 2.0], "knowledge": [1.0, 1.5]})
-    assert [list(trace.y) for trace in plot.data] == [[3.0, 2.0], [2.5], [1.0, 1.5], [1.25]]
+def test_the_page_shows_every_seed_and_each_mean() -> None:
+    losses = {"random": [3.0, 2.0], "knowledge": [1.0, 1.5]}
+    text = html.unescape(page({"losses": losses, "overrides": ["seed=<1>"]}))
+    assert '"y": [3.0, 2.0, 1.0, 1.5]' in text and '"y": [2.5, 1.25]' in text
+    half = interval(losses["random"])[1]
+    assert f"<th>random</th><td>2.5000 ± {half:.4f}</td><td></td>" in text
+    assert "<th>knowledge</th><td>1.2500 ± " in text and "<td>-1.2500 ± " in text
 
 
 def test_the_whole_study(tmp_path: Path) -> None:

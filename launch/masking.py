@@ -5,9 +5,9 @@ at equal steps, compared on the entities of held-out text.
 
 Trains one run per masking and seed, all with the same data, model and steps, as many at a time as there are
 cores, and evaluates each on one task that none was trained on alone, all entities masked
-(objective=knowledge-entities). What is there is not trained again. Knowledge masking adds phrases after a third
-of the steps, entities after two; it alone is told which tokens are entities, by the same list that the task is
-made of. Writes results.json and report.html.
+(objective=knowledge-entities). What is there is not trained again. Knowledge masking adds phrases after a
+third of the steps, entities after two; it alone is told which tokens are entities, by the same list that the
+task is made of. Writes results.json and report.html.
 """
 
 from __future__ import annotations

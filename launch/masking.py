@@ -96,8 +96,12 @@ def page(results: dict[str, Any]) -> str:
     losses = results["losses"]
     names = [name for name, values in losses.items() for _ in values]
     seeds = Line("seeds", style(4)["color"], [names], sum(losses.values(), []), mode="markers")
-    means = [mean(values) for values in losses.values()]
-    middle = Line("means", style(0)["color"], [list(losses)], means, mode="markers", symbol="diamond")
+    centres = [interval(values) for values in losses.values()]
+    middle = Line(
+        "means, with 95 % intervals", style(0)["color"], [list(losses)], [middle for middle, _ in centres],
+        mode="markers", symbol="diamond", low=[middle - half for middle, half in centres],
+        high=[middle + half for middle, half in centres],
+    )  # fmt: skip
     note = "Held-out entities, masked whole, by what training masked; lower is better."
     axes = [Axis("masking")], Axis("nats per token of an entity")
     head, rows = ["", "loss on held-out entities", "less random, by seed"], _rows(losses)

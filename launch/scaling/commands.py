@@ -106,7 +106,7 @@ def made(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: is damaged; python -m launch.scaling fit makes it anew") from error
-    if found.get("format") != laws.FORMAT:
+    if not isinstance(found, dict) or found.get("format") != laws.FORMAT:
         raise ValueError(f"{path}: is of another version; python -m launch.scaling fit makes it anew")
     return found
 
@@ -118,14 +118,22 @@ def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
         for name in CONSTANTS:
             low, high = law["intervals"][name]
             table.append(_row("parametric", name, law["fit"][name], low, high))
-    for method, law in found["isoflop"].items():
-        for key in ("parameters", "tokens", "loss") if law else ():
-            name = f"IsoFLOP, {method}"
-            table.append(_row(name, f"{key}, coefficient", law[key]["coefficient"], None, None))
-            table.append(_row(name, f"{key}, exponent", *law[key]["exponent"].values()))
-    if law := found["frontier"]:
-        for key in ("parameters", "tokens"):
-            table.append(_row("training curves", f"{key}, exponent", *law[key]["exponent"].values()))
+    powers = {f"IsoFLOP, {method}": law for method, law in found["isoflop"].items()}
+    for name, law in (powers | {"training curves": found["frontier"]}).items():
+        for key in ("parameters", "tokens", "loss"):
+            if law and key in law:
+                table.append(_row(name, f"{key}, coefficient", law[key]["coefficient"], None, None))
+                table.append(_row(name, f"{key}, exponent", *law[key]["exponent"].values()))
+        if law and (floored := law["loss_with_floor"]):
+            for key in ("floor", "coefficient", "exponent"):
+                table.append(_row(name, f"loss with a floor, {key}", *floored[key].values()))
+    if law := found["constrained"]:
+        for key, name in (("repeats", "R_D*"), ("excess", "R_N*")):
+            table.append(_row("repeated data", name, law["fit"][key], *law["intervals"][key]))
+    for one in found["conventions"]["refits"] if found["conventions"] else ():
+        for key in ("a", "b"):
+            ends = one[key].values() if one[key] else (None, None, None)
+            table.append(_row(f"{one['law']}, {one['convention']}", key, *ends))
     return table
 
 
@@ -173,13 +181,18 @@ def _shown(quantity: str, value: float | None) -> str:
 
 def _remarks(request: Request, fitted: forecasts.Fitted, found: dict[str, Any]) -> list[str]:
     lines = []
-    if request.budget is not None:
-        beyond = found["budget"]["beyond"]
-        if beyond > forecasts.DOUBTFUL:
-            lines.append(
-                f"The budget is {beyond:,.0f} times the largest that was fitted: the intervals hold only if"
-                " the law keeps its form that far, which no run shows."
-            )
+    for what, own in found.items():
+        outside = forecasts.beyond(fitted, own)
+        if not outside:
+            continue
+        words = [
+            f"{times:,.3g} times the {'largest' if times > 1 else 'smallest'} {QUANTITIES[key]}"
+            for key, times in outside
+        ]
+        line = f"{what}: extrapolated, to {' and '.join(words)} that was fitted"
+        if max(max(times, 1 / times) for _, times in outside) > forecasts.DOUBTFUL:
+            line += "; the intervals hold only if the law keeps its form that far, which no run shows"
+        lines.append(f"{line}.")
     law = fitted.law
     if not (law.alpha > 0 and law.beta > 0):
         lines.append(

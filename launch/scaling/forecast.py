@@ -18,22 +18,36 @@ from launch.scaling.isoflop import Isoflop
 from launch.scaling.parametric import Fit, Law, plain
 from launch.scaling.power import Estimate
 from launch.scaling.resample import interval
+from launch.scaling.table import Points
 
 OFF = 2.0  # times the best size, and a part of it
-DOUBTFUL = 100.0  # times the largest fitted budget, beyond which a forecast says so
+DOUBTFUL = 100.0  # times what was fitted, beyond which no run shows anything
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a forecast is made from. resampled: constants [S]. per: FLOP per parameter and token. largest: the
-    largest fitted C. constrained: the law of repeated data, and its resamples."""
+    """What a forecast is made from. resampled: constants [S]. per: FLOP per parameter and token. points: the
+    fitted runs. constrained: the law of repeated data, and its resamples."""
 
     law: Fit
     resampled: Law
     isoflop: Isoflop | None
     constrained: tuple[Constrained, Constrained] | None
     per: float
-    largest: float
+    points: Points
+
+
+def beyond(fitted: Fitted, found: dict[str, Any]) -> list[tuple[str, float]]:
+    """Of a part of a forecast, the quantities that no fitted run comes near: over the largest fitted one if
+    above it, over the smallest if below."""
+    outside = []
+    for key, own in (("budget", "flops"), ("parameters", "parameters"), ("tokens", "tokens")):
+        value = found.get(key)
+        value = value["value"] if isinstance(value, dict) else value
+        values = getattr(fitted.points, own)
+        if value is not None and not values.min() <= value <= values.max():
+            outside.append((key, value / float(values.max() if value > values.max() else values.min())))
+    return outside
 
 
 def at_budget(fitted: Fitted, flops: float) -> dict[str, Any]:
@@ -44,7 +58,7 @@ def at_budget(fitted: Fitted, flops: float) -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "budget": flops,
-        "beyond": flops / fitted.largest,
+        "beyond": flops / float(fitted.points.flops.max()),
         "parameters": _estimate(fitted, best(0)),
         "tokens": _estimate(fitted, best(1)),
         "loss": _estimate(fitted, best(2)),

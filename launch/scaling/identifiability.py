@@ -17,13 +17,15 @@ from scipy.linalg import null_space
 from launch.scaling.objective import Objective, minimise
 from launch.scaling.parametric import FEWEST, NAMES, Fit, Law, exp, logs, plain, usable
 from launch.scaling.resample import LEVEL, counts
-from launch.scaling.table import Points
+from launch.scaling.table import NAMED, Points
 
 VALUES = 41  # of a constant, in its profile
 REACH = 2.5  # how far a profile goes to either side, in parts of the bootstrap interval's length there
 RESAMPLES = 400  # for how far a profile may rise
 FACTOR = 10.0  # between the ends of an interval: A, B or E is known to no order of magnitude
 VISIBLE = 1e-3  # of the loss: a term that is a smaller part of it is not seen
+SPREAD = 1.4826  # of a normal distribution, over its median absolute deviation
+OFF, LEAST = 8.0, 0.02  # spreads, and of the loss, beyond which a run is far off
 ALIKE = 0.95  # a correlation from which two quantities are not told apart
 LOGS = 3  # the first constants are positive, and looked at as logarithms
 
@@ -94,6 +96,7 @@ def warnings(
     return [
         *_of_search(fitted),
         *_of_runs(points),
+        *_of_outliers(points, fitted),
         *_of_terms(points, fitted),
         *_of_constants(fitted, resampled, profiled or {}),
     ]
@@ -126,6 +129,22 @@ def _of_runs(points: Points) -> list[str]:
             " can hardly be told apart. Add runs of the same size with fewer and with more tokens."
         )
     return found
+
+
+def _of_outliers(points: Points, fitted: Fit) -> list[str]:
+    """Runs that the law, whose objective hardly sees them, leaves far off."""
+    residuals = fitted.residuals(points)
+    spread = SPREAD * float(np.median(np.abs(residuals - np.median(residuals))))
+    far = np.flatnonzero(np.abs(residuals) > max(OFF * spread, LEAST))
+    if not len(far):
+        return []
+    far = far[np.argsort(-np.abs(residuals[far]))]
+    names = ", ".join(f"{points.names[i]} ({np.expm1(residuals[i]):+.0%})" for i in far[:NAMED])
+    more = f" and {len(far) - NAMED} more" if len(far) > NAMED else ""
+    return [
+        f"{len(far)} of {len(points)} runs are far off the law: {names}{more}. IsoFLOP minima follow such"
+        " runs; where they went wrong, leave them out (an empty loss, or drop_highest)."
+    ]
 
 
 def _of_terms(points: Points, fitted: Fit) -> list[str]:

@@ -205,6 +205,8 @@ def remade(
     if not inside[0]:
         raise ValueError(f"a smooth surface through all runs has no minimum near {curve.budget:.3g} FLOP")
     true = np.stack([place, curve.log_tokens(place), loss])[:, 0]
-    place, loss, bracketed = curve.lowest(method, losses)
+    with np.errstate(over="ignore", invalid="ignore"):
+        place, loss, bracketed = curve.lowest(method, losses)
+        bracketed &= np.isfinite(place) & np.isfinite(loss) & (loss > 0)  # noise may throw a vertex anywhere
     found = np.where(bracketed, [place, curve.log_tokens(place), loss], 1.0)
     return found, bracketed, true

@@ -73,11 +73,11 @@ class Judgement:
 
     @property
     def headline(self) -> Prediction | None:
-        """What the parametric law, or else the first that there is, says of the held-out run of the lowest
-        loss, or of the best loss."""
+        """What the parametric law says of the held-out run that it expects to be the best, which is chosen
+        before its loss is looked at; or else the first law that there is, of the best loss."""
         losses = [one for one in self.predictions if one.of == "loss"]
         first = [one for one in losses if one.law == losses[0].law]
-        return min(first, key=lambda one: one.measured, default=None)
+        return min(first, key=lambda one: one.predicted.value, default=None)
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -143,9 +143,9 @@ def fit(request: Request, console: Console) -> dict[str, Any]:
     }
     if request.hold_out and not len(held):
         notes.append("judgement: the table has 1 budget; it needs one to fit and one to hold out")
-    if fits.parametric is None and not fits.isoflops:
+    if found["parametric"] is None and not fits.isoflops:
         more = f"; {len(held)} runs are held out, and hold_out=false fits them too" if len(held) else ""
-        why = "; ".join(note for note in fits.notes if not note.startswith(f"no IsoFLOP law by {STRICTEST}"))
+        why = "; ".join(note for note in notes if not note.startswith(f"no IsoFLOP law by {STRICTEST}"))
         raise ValueError(f"{request.table}: no law can be fitted; {why}{more}")
     return found | {"notes": [*runs.notes, *notes]}
 
@@ -154,11 +154,15 @@ def for_forecast(request: Request) -> tuple[Fitted, list[str]]:
     """The laws that a forecast needs, and why some are not there. Raises ValueError as `fit`."""
     runs = runs_of(request)
     points, notes = runs.fitted, list(runs.notes)
+    if held := len(runs.kept) - len(points):
+        notes.append(f"{held} runs of the largest budget are held out of this; hold_out=false fits them too")
     law = parametric.fit(points, grid=False)
     resampled = parametric.bootstrap(points, law, request.resamples, request.seed)
+    notes += identifiability.warnings(points, law, resampled)
     powers, repeated = None, None
     try:
         powers = isoflop.fit(points, METHOD, seed=request.seed)
+        notes += [f"IsoFLOP law: {note}" for note in powers.notes]
     except ValueError as error:
         notes.append(f"IsoFLOP law: {error}")
     try:
@@ -172,7 +176,7 @@ def for_forecast(request: Request) -> tuple[Fitted, list[str]]:
             f"a token costs the runs {per.min():.3g} to {per.max():.3g} FLOP for each parameter, and larger"
             f" models nearer to 6: the forecast counts {middle:.3g}"
         )
-    return Fitted(law, resampled, powers, repeated, middle, float(points.flops.max())), notes
+    return Fitted(law, resampled, powers, repeated, middle, points), notes
 
 
 def _rows(runs: Runs) -> list[dict[str, Any]]:
@@ -262,7 +266,7 @@ def _frontier(request: Request, runs: Runs) -> dict[str, Any] | None:
     """Through the curves of what is fitted, and of runs that are not in the table."""
     if request.curves is None:
         return None
-    unseen = set(runs.every.names) - set(runs.fitted.names)
+    unseen = {*runs.every.names, *runs.every.lost} - set(runs.fitted.names)
     curves = [run for run in frontier.read(request.curves) if run.name not in unseen]
     law = frontier.fit(curves, seed=request.seed)
     drawn = [{"name": run.name, "flops": _thinned(run.flops), "loss": _thinned(run.loss)} for run in curves]
@@ -275,7 +279,14 @@ def _constrained(request: Request, points: Points) -> dict[str, Any] | None:
         return None
     law, resampled = laws
     intervals = {name: _ends(ends) for name, ends in resampled.intervals().items()}
-    return {"fit": law.as_json(), "intervals": intervals, "warnings": constrained.warnings(law, resampled)}
+    again = points.select(constrained.repeating(points))
+    predicted = law.loss(again.parameters, again.tokens, again.unique_tokens)  # type: ignore[arg-type]
+    return {
+        "fit": law.as_json(),
+        "intervals": intervals,
+        "warnings": constrained.warnings(law, resampled),
+        "residuals": dict(zip(again.names, np.log(again.loss / predicted).tolist(), strict=True)),
+    }
 
 
 def _repeated(request: Request, points: Points) -> tuple[constrained.Fit, constrained.Constrained] | None:

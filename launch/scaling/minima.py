@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
-from launch.scaling.table import Points
+from launch.scaling.table import SAME, Points
 
 SIZES = {"parabola": 3, "akima": 5}  # that a method needs; Akima's slope at a point is of five points
-SAME = 0.01  # relative difference up to which runs are of one size
 FINE = 801  # points at which an interpolation is looked at
 
 

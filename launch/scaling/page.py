@@ -12,12 +12,11 @@ from typing import Any
 import yaml
 
 from launch import study_page
-from launch.report_page import NONE, count, si, style
-from launch.study_page import Axis, Line, bullets, folded, paragraph, plot, plots, section
+from launch.report_page import NONE, count, si
+from launch.scaling import page_plots
+from launch.study_page import bullets, folded, paragraph, plots, section
 
 Found = dict[str, Any]
-GREY = "#808080"
-FEW = 8  # budgets that have a colour each
 CONSTANTS = {
     "A": "A",
     "B": "B",
@@ -34,9 +33,10 @@ def page(found: Found) -> str:
     title = f"Scaling laws of {found['request']['table']}"
     parts = [
         *_judged(found),
-        plots([*_isoflops(found), *_powers(found), *_frontier(found)]),
+        plots(page_plots.laws(found)),
         *_parametric(found),
-        *_isoflop_table(found),
+        *_isoflop(found),
+        *_frontier(found),
         *_conventions(found),
         *_constrained(found),
     ]
@@ -52,11 +52,12 @@ def finding(found: Found) -> list[str]:
     lines = []
     if (judged := found["judgement"]) and (head := judged["headline"]):
         low, high = head["predicted"]["low"], head["predicted"]["high"]
-        said = f" (95 % interval {low:.4f} to {high:.4f})" if low is not None else ""
+        said = f" (95 % interval {low:.4f} to {high:.4f})" if low is not None and high is not None else ""
         lines.append(
             f"Held out: {si(judged['budget'], 'FLOP')}, {judged['times']:.3g} times the largest fitted"
-            f" budget. Predicted {head['predicted']['value']:.4f}{said}, measured {head['measured']:.4f}"
-            f" nats per token: {head['error']:+.2%}, by the {head['law']} law."
+            f" budget. Predicted {_shown(head['predicted']['value'])}{said}, measured"
+            f" {_shown(head['measured'])} nats per token: {_shown(head['error'], '+.2%')},"
+            f" by the {head['law']} law."
         )
     if law := found["parametric"]:
         lines.append(
@@ -66,9 +67,8 @@ def finding(found: Found) -> list[str]:
         )  # fmt: skip
         if law["fit"]["starts"]:
             reached, starts = law["fit"]["reached"], law["fit"]["starts"]
-            lines.append(
-                f"{reached:,} of {starts:,} starts reach the optimum, {law['fit']['objective']:.10g}."
-            )
+            lowest = _shown(law["fit"]["objective"], ".10g")
+            lines.append(f"{reached:,} of {starts:,} starts reach the optimum, {lowest}.")
     for method, law in found["isoflop"].items():
         if law:
             sizes = law["parameters"]["exponent"]
@@ -80,8 +80,14 @@ def remarks(found: Found) -> list[str]:
     """What a reader of the laws must know, a line each."""
     lines = list(found["parametric"]["warnings"]) if found["parametric"] else []
     for method, law in found["isoflop"].items():
-        lines += [f"{method}: {note}" for note in law["notes"]] if law else []
+        lines += [f"{method}: {note}" for note in _notes(law)] if law else []
+    if law := found["frontier"]:
+        lines += [f"training curves: {note}" for note in _notes(law)]
     return [*lines, *found["notes"]]
+
+
+def _shown(value: float | None, format: str = ".4f") -> str:
+    return NONE if value is None else f"{value:{format}}"
 
 
 def _value(value: float | None, ends: Sequence[float | None]) -> str:
@@ -109,10 +115,10 @@ def _judged(found: Found) -> list[str]:
             _quantity(one["measured"], one["of"]),
             _quantity(one["predicted"]["value"], one["of"]),
             NONE
-            if one["predicted"]["low"] is None
+            if one["predicted"]["low"] is None or one["predicted"]["high"] is None
             else f"{_quantity(one['predicted']['low'], one['of'])} to"
             f" {_quantity(one['predicted']['high'], one['of'])}",
-            f"{one['error']:+.2%}",
+            _shown(one["error"], "+.2%"),
             {True: "inside", False: "outside", None: NONE}[one["inside"]],
         )
         for one in judged["predictions"]
@@ -124,113 +130,8 @@ def _judged(found: Found) -> list[str]:
     ]
 
 
-def _quantity(value: float, of: str) -> str:
-    return count(value) if of == "parameters" else f"{value:.4f}"
-
-
-def _budgets(found: Found) -> list[float]:
-    return sorted({row["budget"] for row in found["points"]})
-
-
-def _isoflops(found: Found) -> list[str]:
-    """Loss against size, a colour for each budget of three sizes or more, with the laws' lines."""
-    drawn = []
-    laws = {**found["isoflop"], "parametric": found["parametric"]}
-    for method, law in laws.items():
-        if not law:
-            continue
-        curves = {line["budget"]: line for line in law["lines"]}
-        shown = [budget for budget in _budgets(found) if budget in curves or _held(found, budget)]
-        lines = _many(found, shown, curves) if len(shown) > FEW else _few(found, shown, curves)
-        minima = [one for one in law.get("minima", ()) if one["bracketed"]]
-        if minima:
-            x, y = [one["parameters"] for one in minima], [one["loss"] for one in minima]
-            lines.append(Line("minima", GREY, [x], y, mode="markers", symbol="star"))
-        title = (
-            "The parametric law along each budget" if method == "parametric" else f"IsoFLOP curves, {method}"
-        )
-        axis = Axis("parameters", log=True)
-        drawn.append(plot(title, "A point is a run.", [axis], Axis("loss (nats per token)"), lines))
-    return drawn
-
-
-def _few(found: Found, budgets: Sequence[float], curves: dict[float, Found]) -> list[Line]:
-    """A colour for each budget."""
-    lines = []
-    for index, budget in enumerate(budgets):
-        color, held = style(index)["color"], _held(found, budget)
-        rows = _of(found, budget)
-        name = si(budget, "FLOP") + (", held out" if held else "")
-        x, y = [row["parameters"] for row in rows], [row["loss"] for row in rows]
-        symbol, text = "diamond-open" if held else "circle", [row["name"] for row in rows]
-        lines.append(Line(name, color, [x], y, mode="markers", symbol=symbol, text=text))
-        if budget in curves:
-            own = curves[budget]
-            lines.append(Line(f"{name}, law", color, [own["parameters"]], own["loss"], mode="lines"))
-    return lines
-
-
-def _many(found: Found, budgets: Sequence[float], curves: dict[float, Found]) -> list[Line]:
-    """One colour for all runs, one for all laws, with gaps between the budgets."""
-    rows = [row for budget in budgets for row in _of(found, budget)]
-    x, y = [row["parameters"] for row in rows], [row["loss"] for row in rows]
-    text = [f"{row['name']}, {si(row['budget'], 'FLOP')}" for row in rows]
-    along: list[Any] = [value for own in curves.values() for value in (*own["parameters"], None)]
-    losses: list[Any] = [value for own in curves.values() for value in (*own["loss"], None)]
-    return [
-        Line("runs", style(0)["color"], [x], y, mode="markers", text=text),
-        Line("law", style(1)["color"], [along], losses, mode="lines"),
-    ]
-
-
-def _of(found: Found, budget: float) -> list[Found]:
-    return [row for row in found["points"] if row["budget"] == budget and row["use"] != "left out"]
-
-
-def _held(found: Found, budget: float) -> bool:
-    return any(row["budget"] == budget and row["use"] == "held out" for row in found["points"])
-
-
-def _powers(found: Found) -> list[str]:
-    """Best size and tokens against compute: minima and their laws."""
-    lines: dict[str, list[Line]] = {"parameters": [], "tokens": []}
-    for index, (method, law) in enumerate(found["isoflop"].items()):
-        minima = [one for one in law["minima"] if one["bracketed"]] if law else []
-        for key, own in lines.items():
-            if not minima:
-                continue
-            x, y = [one["flops"] for one in minima], [one[key] for one in minima]
-            power = law[key]
-            along = [power["coefficient"] * value ** power["exponent"]["value"] for value in x]
-            look = style(index)
-            own.append(Line(f"minima, {method}", look["color"], [x], y, mode="markers"))
-            name = f"C^{power['exponent']['value']:.3f}"
-            own.append(Line(name, look["color"], [x], along, look["dash"], mode="lines"))
-    titles = {"parameters": "Best size", "tokens": "Tokens of the best size"}
-    note = "by compute, and the power laws through the minima"
-    return [
-        plot(titles[key], note, [Axis("compute (FLOP)", log=True)], Axis(key, log=True), own)
-        for key, own in lines.items()
-        if own
-    ]
-
-
-def _frontier(found: Found) -> list[str]:
-    law = found["frontier"]
-    if not law:
-        return []
-    flops: list[Any] = [value for one in law["curves"] for value in (*one["flops"], None)]
-    losses: list[Any] = [value for one in law["curves"] for value in (*one["loss"], None)]
-    lines = [Line("runs", GREY, [flops], losses, mode="lines")]
-    points = law["envelope"]
-    lines.append(Line("lowest", style(1)["color"], [points["flops"]], points["loss"], mode="markers"))
-    note = "The lowest of all curves at each compute, where smaller and larger sizes are beside it."
-    return [
-        plot(
-            "Training curves and their envelope", note, [Axis("compute (FLOP)", log=True)],
-            Axis("loss (nats per token)", log=True), lines,
-        )
-    ]  # fmt: skip
+def _quantity(value: float | None, of: str) -> str:
+    return count(value) if of == "parameters" else _shown(value)
 
 
 def _parametric(found: Found) -> list[str]:
@@ -258,7 +159,12 @@ def _parametric(found: Found) -> list[str]:
             "The parametric law",
             study_page.table(head, rows),
             bullets(law["warnings"]),
-            plots([_residuals(found, law), *_profiles(law)]),
+            plots(
+                [
+                    page_plots.residuals(found, law, ("parameters", "tokens", "flops")),
+                    *page_plots.profiles(law, CONSTANTS),
+                ]
+            ),
         )
     ]
 
@@ -268,61 +174,64 @@ def _between(ends: Sequence[float | None]) -> str:
     return f"{low} to {high}"
 
 
-def _residuals(found: Found, law: Found) -> str:
-    rows = [row for row in found["points"] if row["name"] in law["residuals"]]
-    budgets = sorted({row["budget"] for row in rows})
-    groups = [[row for row in rows if row["budget"] == budget] for budget in budgets]
-    names = [si(budget, "FLOP") for budget in budgets]
-    if len(groups) > FEW:
-        groups, names = [rows], ["runs"]
-    lines = []
-    for index, (own, name) in enumerate(zip(groups, names, strict=True)):
-        xs = [[row[key] for row in own] for key in ("parameters", "tokens", "flops")]
-        y = [100 * law["residuals"][row["name"]] for row in own]
-        text = [row["name"] for row in own]
-        lines.append(Line(name, style(index)["color"], xs, y, mode="markers", text=text))
-    axes = [Axis(key, key, log=True) for key in ("parameters", "tokens", "compute")]
-    note = "Measured loss over the predicted one: a trend says that the law has another form."
-    return plot("Residuals", note, axes, Axis("residual (%)"), lines)
-
-
-def _profiles(law: Found) -> list[str]:
-    drawn = []
-    for name, profile in law["profiles"].items():
-        pairs = [
-            (value, objective)
-            for value, objective in zip(profile["values"], profile["objectives"], strict=True)
-            if value is not None
-        ]
-        x, y = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        lines = [
-            Line("lowest objective", style(0)["color"], [x], y, mode="lines"),
-            Line("limit", GREY, [[x[0], x[-1]]], [profile["limit"]] * 2, dash="dash", mode="lines"),
-        ]
-        note = "The lowest objective with the constant held; values below the limit are not excluded."
-        axis = Axis(CONSTANTS[name], log=name in ("A", "B", "E") and x[0] > 0)
-        drawn.append(plot(f"Profile of {CONSTANTS[name]}", note, [axis], Axis("objective"), lines))
-    return drawn
-
-
-def _isoflop_table(found: Found) -> list[str]:
-    rows, notes = [], []
+def _isoflop(found: Found) -> list[str]:
+    minima, laws, notes = [], [], []
     for method, law in found["isoflop"].items():
         if not law:
             continue
         for one in law["minima"]:
             name = f"{method}, {si(one['budget'], 'FLOP')}"
             if one["bracketed"]:
-                rows.append((name, count(one["parameters"]), count(one["tokens"]), f"{one['loss']:.4f}", ""))
+                minima.append((name, count(one["parameters"]), count(one["tokens"]), _shown(one["loss"]), ""))
             else:
-                rows.append((name, NONE, NONE, NONE, html.escape(one["reason"])))
-        notes += [f"{method}: {note}" for note in law["notes"]]
-        for key, what in (("parameters", "N"), ("tokens", "D"), ("loss", "the lowest loss")):
-            notes.append(f"{method}: {what} goes as C^{_estimate(law[key]['exponent'])}.")
-    if not rows:
+                minima.append((name, NONE, NONE, NONE, html.escape(one["reason"])))
+        laws += _law_rows(law, f"{method}, ")
+        notes += [f"{method}: {note}" for note in _notes(law)]
+    if not minima:
         return []
     head = ("minimum", "parameters", "tokens", "loss", "")
-    return [section("IsoFLOP minima", study_page.table(head, rows), bullets(notes))]
+    return [
+        section(
+            "IsoFLOP minima",
+            _law_table(laws),
+            study_page.table(head, minima),
+            bullets(notes),
+            plots(page_plots.off_minima(found)),
+        )
+    ]
+
+
+def _frontier(found: Found) -> list[str]:
+    law = found["frontier"]
+    if not law:
+        return []
+    parts = _law_table(_law_rows(law)), bullets(_notes(law)), plots(page_plots.off_envelope(law))
+    return [section("Minimum over training curves", *parts)]
+
+
+def _law_rows(law: Found, prefix: str = "") -> list[tuple[str, ...]]:
+    """The laws of compute: floor, coefficient and exponent of each."""
+    rows: list[tuple[str, ...]] = []
+    for key, symbol in (("parameters", "N"), ("tokens", "D"), ("loss", "L")):
+        if key in law:
+            power = law[key]
+            k = _value(power["coefficient"], (None, None))
+            rows.append((f"{prefix}{symbol} = k C^x", NONE, k, _estimate(power["exponent"])))
+    if floored := law["loss_with_floor"]:
+        cells = (_estimate(floored[key]) for key in ("floor", "coefficient", "exponent"))
+        rows.append((f"{prefix}L = E + k C^-x", *cells))
+    return rows
+
+
+def _law_table(rows: Sequence[tuple[str, ...]]) -> str:
+    head = ("law of compute C, 95 % intervals", "floor E (nats per token)", "coefficient k", "exponent x")
+    return study_page.table(head, rows)
+
+
+def _notes(law: Found) -> list[str]:
+    """Those of minima or an envelope, and that of their law with a floor."""
+    floored = law["loss_with_floor"]
+    return [*law["notes"], *([floored["note"]] if floored and floored["note"] else [])]
 
 
 def _conventions(found: Found) -> list[str]:
@@ -337,7 +246,7 @@ def _conventions(found: Found) -> list[str]:
         )
         for one in found["conventions"]["refits"]
     ]
-    moved = [f"{law}: {by:.3f}" for law, by in found["conventions"]["moved"].items()]
+    moved = [f"{law}: {_shown(by, '.3f')}" for law, by in found["conventions"]["moved"].items()]
     head = ("counted", "N grows as C^", "D grows as C^", "")
     said = f"How parameters and compute are counted alone moves the exponent of N by: {'; '.join(moved)}."
     return [section("Under other conventions", paragraph(said), study_page.table(head, rows))]
@@ -355,7 +264,10 @@ def _constrained(found: Found) -> list[str]:
     table = study_page.table(("constant", "value", "95 % interval"), rows)
     runs = law["fit"]["runs"]
     said = f"After how many passes over the data further ones are worth less, by the {runs} runs that repeat."
-    return [section("Repeated data", paragraph(said), table, bullets(law["warnings"]))]
+    parts = [paragraph(said), table, bullets(law["warnings"])]
+    if law.get("residuals"):
+        parts.append(plots([page_plots.residuals(found, law, ("tokens",))]))
+    return [section("Repeated data", *parts)]
 
 
 def _runs(found: Found) -> str:
@@ -366,7 +278,7 @@ def _runs(found: Found) -> str:
             count(row["parameters"]),
             count(row["tokens"]),
             f"{row['tokens'] / row['parameters']:.3g}",
-            f"{row['loss']:.4f}",
+            _shown(row["loss"]),
             row["use"],
         )
         for row in found["points"]

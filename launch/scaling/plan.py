@@ -30,7 +30,7 @@ def seconds(plan: Plan, console: Console) -> list[float]:
         ]
     shapes = {run.step: run for run in reversed(plan.runs)}
     console.rule("a few steps of each shape, to see how long it takes")
-    paces = probe([run.planned for run in shapes.values()], Path(study.trials), console, study.parallel)
+    paces = probe([run.planned for run in shapes.values()], Path(study.trials), console, plan.at_once)
     by_size = dict(zip(shapes, paces, strict=True))
     return [_seconds(run, by_size[run.step]) for run in plan.runs]
 

@@ -24,7 +24,7 @@ from launch.overrides import as_typed, spelled, split
 from launch.scaling.rules import Power, check_rule, powers_of, values
 from launch.scaling.shapes import Shape, scientific, shapes_of, short
 from launch.study import Planned, at_a_time
-from train.config import RunConfig, micro_batch
+from train.config import RunConfig, check_world, micro_batch
 from train.hardware import total_memory
 from train.supply import check_reached, supply
 
@@ -32,6 +32,7 @@ from train.supply import check_reached, supply
 OWN = {"seed": "seeds", "horizon": "budgets", "curriculum": "global_batch and sequence_length"}
 LAUNCHERS = ("python", "torchrun", "slurm")
 FEWEST = 10  # steps of a run
+PROCESS = 600_000_000  # bytes that a rank on a CPU takes before it has a model: torch, DeepSpeed, the data
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ class Sized:
         return self.steps * self.config.global_batch * self.config.sequence_length
 
     @property
-    def step(self) -> tuple[int, int, int]:
+    def step(self) -> tuple[int, int, int, int | None]:
         """What the time and memory of a step depend on."""
-        return self.parameters, self.config.global_batch, self.config.sequence_length
+        config = self.config
+        return self.parameters, config.global_batch, config.sequence_length, config.micro_batch
 
     @property
     def flops(self) -> int:
@@ -167,7 +169,7 @@ class Plan:
         if torch.cuda.is_available():
             return len(self.runs) if max(self.memory) <= total_memory() else 0
         ranks = max(run.config.engine.ranks or 1 for run in self.runs)
-        return total_memory() // (ranks * max(self.memory))
+        return total_memory() // (ranks * (PROCESS + max(self.memory)))
 
     def epochs(self, run: Sized) -> float | None:
         """How often a run sees its data."""
@@ -215,7 +217,7 @@ def plan_of(node: DictConfig) -> Plan:
 
 def _memory(runs: Sequence[Sized], vocabulary: int, gpu: bool) -> list[int]:
     """Bytes that a rank allocates at its fullest moment, as `python -m launch.plan` counts them."""
-    found: dict[tuple[int, int, int], int] = {}
+    found: dict[tuple[int, int, int, int | None], int] = {}
     for run in runs:
         if run.step not in found:
             ranks = run.config.engine.ranks or 1
@@ -246,6 +248,7 @@ def _sized(
     given = values(powers, config, sizes)
     ruled = *own, *(f"{key}={spelled(value)}" for key, value in given.items())
     config = Planned(name, ruled).config()
+    check_world(config, config.engine.ranks or 1)
     step = counts.training_flops_per_token * config.global_batch * config.sequence_length
     steps = round(budget / step)
     if steps < FEWEST:

@@ -19,6 +19,7 @@ from scipy.stats import chi2
 from launch.scaling.table import Points
 
 EXPONENTS = np.geomspace(0.05, 1.6, 14)  # of which each pair is tried as a start
+MOST = 50.0  # of a drawn log loss, beyond which there is nothing to compute with
 TINY = 1e-9  # nats per token: a surface that goes lower is taken to be here
 
 
@@ -49,7 +50,7 @@ class Surface:
         even = chi2.ppf((np.arange(half) + 0.5) / half, self.freedom)
         noise = self.spread * np.sqrt(self.freedom / even) * random.standard_normal((len(points), half))
         own = self.loss(points.parameters, points.tokens)[:, None]
-        return own * np.exp(np.concatenate([noise, -noise], axis=1))
+        return own * np.exp(np.concatenate([noise, -noise], axis=1).clip(-MOST, MOST))
 
 
 def through(points: Points) -> Surface:

@@ -34,6 +34,16 @@ from data.files import write as write_file
 POSITIVE = ("parameters", "tokens", "flops", "budget", "unique_tokens")
 SHARED = ("tokenizer", "data")
 OWN = ("name", *POSITIVE, "loss", *SHARED)
+# Counted under other conventions (launch.scaling.shapes).
+COUNTED = (
+    "all_parameters",
+    "parameters_without_embeddings",
+    "body_parameters",
+    "head_parameters",
+    "attention_flops_per_token",
+)
+SAME = 0.01  # of log N or log D, below which two are the same
+USUAL, FAR = 6.0, 100.0  # FLOP per parameter and token, and how many times that is a mistake
 SPREAD = 1.25  # between the largest and the smallest flops that a derived budget groups
 NAMED = 5  # runs that a note names
 
@@ -42,7 +52,8 @@ NAMED = 5  # runs that a note names
 class Points:
     """n runs. All arrays are of shape [n]; see the module for their meaning.
 
-    shared: tokenizer and data, where the table tells. notes: what was left out on the way here, a line each.
+    shared: tokenizer and data, where the table tells. lost: names of runs that were left out, without a
+    finite loss. notes: what a reader must know, a line each.
     """
 
     parameters: np.ndarray
@@ -54,6 +65,7 @@ class Points:
     names: list[str]
     extra: dict[str, np.ndarray] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -89,11 +101,12 @@ class Points:
         if len(self) < count:
             raise ValueError(f"{law} needs {count} runs or more and the table has {len(self)}; add runs")
         for column in ("parameters", "tokens"):
-            found = np.unique(np.round(np.log(getattr(self, column)), 9))
+            values = np.sort(getattr(self, column))
+            found = values[np.diff(np.log(values), prepend=-np.inf) > SAME]
             if len(found) < distinct:
                 raise ValueError(
                     f"{law} needs runs of {distinct} different numbers of {column} or more, and the table has"
-                    f" {', '.join(f'{value:.4g}' for value in np.exp(found))} alone; add runs of others"
+                    f" {', '.join(f'{value:.4g}' for value in found)} alone; add runs of others"
                 )
 
 
@@ -164,6 +177,9 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None) -> Points:
     renamed = dict(columns or {})
     headers = list(dict.fromkeys(key for row in rows for key in row))
     for own, header in renamed.items():
+        if own not in (*OWN, *COUNTED):
+            known = ", ".join((*OWN, *COUNTED))
+            raise ValueError(f"{path}: columns names {own}, which is no column of ours; there are {known}")
         if header not in headers:
             raise ValueError(f"{path}: no column {header!r}, which columns names for {own}; {_has(headers)}")
     of = {key: renamed.get(key, key) for key in OWN if renamed.get(key, key) in headers}
@@ -189,16 +205,25 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None) -> Points:
         for own, header in _others(headers, renamed, set(of.values())).items()
         if (column := _numbers([rows[i].get(header) for i in kept])) is not None
     }
-    return points(
+    found = points(
         values.pop("parameters"),
         values.pop("tokens", None),
         np.array([every[i] for i in kept]),
         names=[names[i] for i in kept],
         extra=extra,
         shared=shared,
+        lost=tuple(lost),
         notes=(_left_out(lost, len(rows)),) if lost else (),
         **values,
     )
+    each = found.flops / (found.parameters * found.tokens) / USUAL
+    if (wrong := np.flatnonzero((each > FAR) | (each < 1 / FAR))).size:
+        name, times = found.names[wrong[0]], each[wrong[0]] * USUAL
+        raise ValueError(
+            f"{path}: run {name} has {times:.3g} FLOP for each parameter and token, where about {USUAL:g} are"
+            " spent; correct its parameters, tokens or flops"
+        )
+    return found
 
 
 def write(path: str | Path, runs: Points) -> None:
@@ -229,10 +254,14 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _distinct(names: Sequence[str]) -> list[str]:
     """With a number after each name that another row has, too."""
     seen: dict[str, int] = {}
-    found = []
+    taken, found = {name for name in names if names.count(name) == 1}, []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
+        own = name
+        while names.count(name) > 1 and (own == name or own in taken):
+            seen[name] = seen.get(name, 0) + 1
+            own = f"{name} ({seen[name]})"
+        taken.add(own)
+        found.append(own)
     return found
 
 

@@ -29,7 +29,9 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_the_page_shows_every_seed_and_each_mean() -> None:
     losses = {"random": [3.0, 2.0], "knowledge": [1.0, 1.5]}
-    text = html.unescape(page({"losses": losses, "overrides": ["seed=<1>"]}))
+    whole = page({"losses": losses, "overrides": ["seed=<1>"]})
+    assert "seed=&lt;1&gt;" in whole and "seed=<1>" not in whole
+    text = html.unescape(whole)
     assert '"y": [3.0, 2.0, 1.0, 1.5]' in text and '"y": [2.5, 1.25]' in text
     half = interval(losses["random"])[1]
     assert f"<th>random</th><td>2.5000 ± {half:.4f}</td><td></td>" in text

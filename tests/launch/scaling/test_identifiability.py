@@ -106,3 +106,12 @@ def test_few_runs_are_told() -> None:
     runs = planted(0.005, budgets=3, sizes=3)
     law, resampled = fitted(runs)
     assert any(line.startswith("9 runs for five constants") for line in warnings(runs, law, resampled))
+
+
+def test_a_run_that_went_wrong_is_named() -> None:
+    runs = planted(0.005)
+    at = 17
+    wrong = dataclasses.replace(runs, loss=runs.loss * np.where(np.arange(len(runs)) == at, 1.9, 1.0))
+    assert not any("far off" in line for line in warnings(runs, *fitted(runs)))
+    (line,) = [line for line in warnings(wrong, *fitted(wrong)) if "far off" in line]
+    assert line.startswith(f"1 of {len(runs)} runs are far off the law: {runs.names[at]} (+9")

@@ -191,3 +191,12 @@ def test_minima_that_noise_takes_away_are_remarked_on() -> None:
 def test_an_unknown_method() -> None:
     with pytest.raises(ValueError, match="method: 'spline' is none of parabola, akima"):
         fit(study(Design()), "spline")
+
+
+@pytest.mark.parametrize("seed", [2, 4, 5])
+def test_of_six_runs_too_all_figures_are_numbers(seed: int) -> None:
+    """One degree of freedom: resamples scatter beyond all bounds."""
+    runs = study(Design(budgets=3, sizes=3), seed)
+    found = fit(runs.select(runs.budget > runs.budget.min()))
+    json.dumps(found.as_json(), allow_nan=False)
+    assert found.loss.exponent.known and found.lost is not None and found.lost > 0

@@ -22,7 +22,7 @@ from rich.console import Console
 from launch.overrides import composing
 from launch.request import CONF
 from launch.scaling import forecast, laws
-from launch.scaling.commands import made, request_of, rows, told_rows
+from launch.scaling.commands import _remarks, made, request_of, rows, told_rows
 from launch.scaling.laws import Request
 from launch.scaling.page import finding, page, remarks
 from launch.scaling.table import Points, points, write
@@ -206,10 +206,14 @@ def test_curves_of_what_is_held_out_are_not_seen(folder: Path) -> None:
             lines.append(f"{name},{n},{d},{6 * n * d},{loss(n, d)}")
     (folder / "curves.csv").write_text("\n".join(lines) + "\n")
     asked = request(folder, curves=str(folder / "curves.csv"))
+    text = (folder / "points.csv").read_text().replace(f"{runs.loss[-1]}", "nan")  # held out, and diverged
+    (folder / "diverged.csv").write_text(text)
+    assert "nan" in text
+    asked = replace(asked, table=str(folder / "diverged.csv"))
     found = laws.fit(asked, Console(file=io.StringIO()))
     held = {row["name"] for row in found["points"] if row["use"] == "held out"}
     seen = {curve["name"] for curve in found["frontier"]["curves"]}
-    assert len(seen) == 21 and not seen & held
+    assert len(seen) == 21 and not seen & held and runs.names[-1] not in seen
 
 
 def test_stray_runs_of_no_budget_are_no_judges(folder: Path) -> None:
@@ -256,7 +260,7 @@ def test_the_commands(folder: Path) -> None:
     assert "<html" in (folder / "out" / "report.html").read_text()[:200]
     told = command("forecast", *own, "budget=1e21")
     assert told.returncode == 0, told.stderr
-    assert "times the largest that was fitted" in told.stdout
+    assert "budget: extrapolated, to 625 times the largest compute" in told.stdout
     with (folder / "out" / "forecast.csv").open() as file:
         assert {"value", "low", "high"} < set(next(csv.reader(file)))
     again = command("forecast", place, "budget=1e21")  # by what was fitted there
@@ -267,7 +271,8 @@ def test_the_commands(folder: Path) -> None:
     assert nothing.returncode == 1 and nothing.stderr.startswith("error: budget: is not set")
     path = folder / "out" / "fit.json"
     whole_fit = path.read_text()
-    for text, why in ((whole_fit.replace('"format": 1', '"format": 0'), "another version"), ("{", "damaged")):
+    other = whole_fit.replace('"format": 1', '"format": 0')
+    for text, why in ((other, "another version"), ("{", "damaged"), ("[]", "another version")):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"fit.json: is .*{why}; python -m launch.scaling fit makes it"):
             made(path)
@@ -283,3 +288,23 @@ def test_a_foreign_table_has_a_directory_of_its_own() -> None:
         given = ["study=tiny", "budget=1e20"]
         own = request_of(compose("laws", overrides=given), given)
     assert (own.directory, own.table) == ("runs/scaling-tiny", "runs/scaling-tiny/points.csv")
+
+
+def test_a_forecast_says_how_far_it_goes_and_what_it_leaves_out(folder: Path) -> None:
+    runs = planted()
+    small = runs.select((runs.budget != BUDGETS[1]) | (runs.parameters < 0.9 * best(BUDGETS[1])))
+    write(folder / "unbracketed.csv", small)
+    fitted, notes = laws.for_forecast(request(folder, table=str(folder / "unbracketed.csv")))
+    assert any(note.startswith("7 runs of the largest budget are held out of this") for note in notes)
+    assert any("IsoFLOP law: 1 of 3 budgets do not bracket" in note for note in notes)
+    assert any("move together" in note for note in notes)
+    within = forecast.at_size(fitted, best(BUDGETS[1]))
+    assert forecast.beyond(fitted, within) == []
+    far = forecast.beyond(fitted, forecast.at_size(fitted, 1e15))
+    assert dict(far)["parameters"] == pytest.approx(1e15 / fitted.points.parameters.max())
+    few = forecast.beyond(fitted, forecast.at_data(fitted, 1e3, None))
+    assert {key for key, times in few if times < 1} >= {"budget", "parameters"}
+    asked = request(folder, parameters=1e15)
+    (line, *_) = _remarks(asked, fitted, {"size": forecast.at_size(fitted, 1e15)})
+    assert line.startswith("size: extrapolated, to ") and "the largest parameters" in line
+    assert "which no run shows" in line

@@ -132,13 +132,20 @@ def test_memory_is_that_of_the_planner_and_bounds_how_many_run_beside_each_other
     ]
     assert planned.memory == wanted and min(wanted) < max(wanted)
     monkeypatch.setattr(study, "at_a_time", lambda config: 8)
-    monkeypatch.setattr(study, "total_memory", lambda: 3 * max(wanted))
+    monkeypatch.setattr(study, "total_memory", lambda: 3 * (study.PROCESS + max(wanted)))
     if not torch.cuda.is_available():  # of which each run has its own
         assert planned.at_once == 3
-    monkeypatch.setattr(study, "total_memory", lambda: max(wanted) - 1)
+    monkeypatch.setattr(study, "total_memory", lambda: min(wanted) - 1)
     assert planned.at_once == 1
     show(planned, console)
     assert "warning: a rank allocates up to" in said(console)
+
+
+def test_a_batch_that_ranks_cannot_share_is_one_line(folder: Path) -> None:
+    with pytest.raises(ValueError, match="^global_batch: 3 cannot be shared by 2 ranks"):
+        plan(folder, "engine.ranks=2", "global_batch=3")
+    with pytest.raises(ValueError, match="^global_batch: 1 cannot be shared by 2 ranks"):
+        plan(folder, "engine.ranks=2", "global_batch=1")
 
 
 def test_data_that_is_repeated_is_told(folder: Path) -> None:

@@ -78,6 +78,12 @@ def test_a_lost_run_of_a_json_table(tmp_path: Path) -> None:
     assert len(runs) == 1 and len(runs.notes) == 1
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    rows = "".join(f"{name},1e6,{tokens}e7,4\n" for tokens, name in enumerate(("x", "x", "x (2)", "x"), 1))
+    names = read(table(tmp_path, "name,parameters,tokens,loss\n" + rows)).names
+    assert names == ["x (1)", "x (3)", "x (2)", "x (4)"]
+
+
 def test_no_more_unique_tokens_than_tokens(tmp_path: Path) -> None:
     text = "parameters,tokens,loss,unique_tokens\n1e6,2e7,4,5e7\n1e6,2e7,4,5e6\n"
     unique = read(table(tmp_path, text)).unique_tokens
@@ -95,6 +101,12 @@ def test_no_more_unique_tokens_than_tokens(tmp_path: Path) -> None:
         ("tokens,loss\n2e7,4\n", {}, "no column 'parameters'"),
         ("parameters,loss\n1e6,4\n", {}, "no column 'tokens' and none 'flops'"),
         (GOOD, {"loss": "final loss"}, "no column 'final loss', which columns names for loss"),
+        (GOOD, {"tokeniser": "loss"}, "columns names tokeniser, which is no column of ours; there are name,"),
+        (
+            "parameters,tokens,loss,flops\n1e6,2e7,4,1\n",
+            {},
+            "run 1 has 5e-14 FLOP for each parameter and token, where about 6 are spent",
+        ),
         (GOOD.replace("3.5", "low"), {}, "run 2: 'loss' is 'low', not a positive number"),
         (GOOD.replace("3.5", "-1"), {}, "run 2: 'loss' is '-1', not a positive number"),
         (GOOD.replace("2e6", "0"), {}, "run 2: 'parameters' is '0', not a positive number"),
@@ -180,6 +192,7 @@ def test_selection_takes_every_column() -> None:
     [
         ([1e6, 2e6], [1e7, 2e7], "the law needs 3 runs or more and the table has 2; add runs"),
         ([1e6] * 4, [1e7, 2e7, 3e7, 4e7], "different numbers of parameters or more, and the table has 1e"),
+        ([1e6, 1.00001e6, 1.00002e6], [1e7, 2e7, 3e7], "parameters or more, and the table has 1e+06 alone"),
         ([1e6, 2e6, 3e6], [1e7] * 3, "different numbers of tokens or more, and the table has 1e"),
     ],
 )

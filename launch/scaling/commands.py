@@ -189,7 +189,7 @@ def _remarks(request: Request, fitted: forecasts.Fitted, found: dict[str, Any]) 
             f"{times:,.3g} times the {'largest' if times > 1 else 'smallest'} {QUANTITIES[key]}"
             for key, times in outside
         ]
-        line = f"{what}: extrapolated, to {' and '.join(words)} that was fitted"
+        line = f"{what}: extrapolated, to {', '.join(words)} that was fitted"
         if max(max(times, 1 / times) for _, times in outside) > forecasts.DOUBTFUL:
             line += "; the intervals hold only if the law keeps its form that far, which no run shows"
         lines.append(f"{line}.")
@@ -200,7 +200,7 @@ def _remarks(request: Request, fitted: forecasts.Fitted, found: dict[str, Any]) 
             " positive; add runs of other sizes and lengths."
         )
     if request.unique_tokens is not None and request.budget is not None and fitted.constrained is None:
-        lines.append("Nothing is said of repeated data, for no fitted run repeats its own.")
+        lines.append("Nothing is said of repeated data, for too few of the fitted runs repeat theirs.")
     return lines
 
 

@@ -23,6 +23,7 @@ from launch.scaling.surface import through
 from launch.scaling.table import Points
 
 RESAMPLES = 1000
+ORDER = ("IsoFLOP, parabola", "parametric", "IsoFLOP, akima")  # in which laws make the headline
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ class Judgement:
 
     @property
     def headline(self) -> Prediction | None:
-        """What the parametric law says of the held-out run that it expects to be the best, which is chosen
-        before its loss is looked at; or else the first law that there is, of the best loss."""
+        """The best loss of the held-out budget by IsoFLOP parabolas, which assume least of how the loss
+        depends on N and D, and whose intervals have held what they were tried on (MEASURED.md). Or else what
+        the parametric law says of the run that it expects to be the best, chosen before its loss is looked
+        at; or else what there is."""
         losses = [one for one in self.predictions if one.of == "loss"]
-        first = [one for one in losses if one.law == losses[0].law]
+        laws = [name for name in ORDER if any(one.law == name for one in losses)]
+        first = [one for one in losses if one.law == laws[0]] if laws else []
         return min(first, key=lambda one: one.predicted.value, default=None)
 
     def as_json(self) -> dict[str, Any]:

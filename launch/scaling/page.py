@@ -6,6 +6,7 @@ The prediction of the held-out budget comes first, for it says what the rest is 
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def finding(found: Found) -> list[str]:
             f"Held out: {si(judged['budget'], 'FLOP')}, {judged['times']:.3g} times the largest fitted"
             f" budget. Predicted {_shown(head['predicted']['value'])}{said}, measured"
             f" {_shown(head['measured'])} nats per token: {_shown(head['error'], '+.2%')},"
-            f" by the {head['law']} law."
+            f" by {head['law']}.{_others(judged, head)}"
         )
     if law := found["parametric"]:
         lines.append(
@@ -74,6 +75,20 @@ def finding(found: Found) -> list[str]:
             sizes = law["parameters"]["exponent"]
             lines.append(f"IsoFLOP minima by {method}: N grows as C^{_estimate(sizes)}.")
     return lines
+
+
+def _others(judged: Found, head: Found) -> str:
+    """What other laws say of the losses: of the run that each expects to be the best."""
+    first: dict[str, Found] = {}
+    for one in judged["predictions"]:
+        if one["of"] != "loss" or one["law"] == head["law"]:
+            continue
+        before = first.setdefault(one["law"], one)
+        if (one["predicted"]["value"] or math.inf) < (before["predicted"]["value"] or math.inf):
+            first[one["law"]] = one
+    outside = {True: "", False: ", outside of its interval", None: ""}
+    said = [f"{one['law']} {_shown(one['error'], '+.2%')}{outside[one['inside']]}" for one in first.values()]
+    return f" Others: {'; '.join(said)}." if said else ""
 
 
 def remarks(found: Found) -> list[str]:

@@ -39,7 +39,11 @@ def test_the_largest_budget_is_held_out_and_predicted() -> None:
         assert loss.measured == pytest.approx(design.loss(best, largest / 6 / best), rel=2e-3)
         assert abs(loss.error) < 0.01
         assert size.measured == pytest.approx(best, rel=0.15) and abs(size.error) < 0.25
-    assert judged.headline == min(by_run, key=lambda one: one.measured)
+    assert [judged.headline] == of(judged, "IsoFLOP, parabola")
+    few = judge(runs.select(runs.budget > runs.budget.min() * 3), resamples=200)  # 15 runs of three budgets
+    without = dataclasses.replace(few, predictions=tuple(of(few, "IsoFLOP, akima") + of(few, "parametric")))
+    assert without.headline == min(of(few, "parametric"), key=lambda one: one.predicted.value)
+    assert dataclasses.replace(few, predictions=()).headline is None
     assert judged.notes == ()
     json.dumps(judged.as_json(), allow_nan=False)
 

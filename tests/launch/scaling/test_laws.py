@@ -79,7 +79,12 @@ def test_the_largest_budget_is_held_out_and_predicted(found: dict[str, Any]) -> 
     assert abs(judged["headline"]["error"]) < 0.01
     head = judged["headline"]
     line = finding(found)[0]
-    assert f"measured {head['measured']:.4f}" in line and f"{head['error']:+.2%}" in line
+    assert (
+        f"measured {head['measured']:.4f}" in line and f"{head['error']:+.2%}, by IsoFLOP, parabola." in line
+    )
+    by_run = [one for one in judged["predictions"] if one["law"] == "parametric"]
+    best_run = min(by_run, key=lambda one: one["predicted"]["value"])
+    assert f"Others: parametric {best_run['error']:+.2%}" in line
 
 
 def test_the_planted_constants_are_within_their_intervals(found: dict[str, Any]) -> None:

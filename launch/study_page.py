@@ -34,7 +34,7 @@ class Axis:
 @dataclass(frozen=True)
 class Line:
     """A curve. x: a column for each x axis of its plot. low, high: the edges of a band around it, or the ends
-    of bars where it is markers alone.
+    of bars where it is markers alone, or one point.
 
     mode: plotly's, of lines and markers. text: what is said of each point.
     """

@@ -28,6 +28,7 @@ from launch.scaling.training import CURVES, POINTS
 
 FIT, FITS, REPORT, FORECAST = "fit.json", "fits.csv", "report.html", "forecast"
 QUANTITIES = {"budget": "compute", "parameters": "parameters", "tokens": "tokens", "loss": "loss"}
+OUTSIDE = QUANTITIES | {"unique_tokens": "tokens"}
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="laws")
@@ -186,11 +187,11 @@ def _remarks(request: Request, fitted: forecasts.Fitted, found: dict[str, Any]) 
         if not outside:
             continue
         words = [
-            f"{times:,.3g} times the {'largest' if times > 1 else 'smallest'} {QUANTITIES[key]}"
+            f"{times:,.3g} times the {'largest' if times > 1 else 'smallest'} {OUTSIDE[key]}"
             for key, times in outside
         ]
         line = f"{what}: extrapolated, to {', '.join(words)} that was fitted"
-        if max(max(times, 1 / times) for _, times in outside) > forecasts.DOUBTFUL:
+        if any(not 1 / forecasts.DOUBTFUL <= times <= forecasts.DOUBTFUL for _, times in outside):
             line += "; the intervals hold only if the law keeps its form that far, which no run shows"
         lines.append(f"{line}.")
     law = fitted.law
@@ -200,7 +201,7 @@ def _remarks(request: Request, fitted: forecasts.Fitted, found: dict[str, Any]) 
             " positive; add runs of other sizes and lengths."
         )
     if request.unique_tokens is not None and request.budget is not None and fitted.constrained is None:
-        lines.append("Nothing is said of repeated data, for too few of the fitted runs repeat theirs.")
+        lines.append("Nothing is said of repeated data: there is no law of it through these runs.")
     return lines
 
 

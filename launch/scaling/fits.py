@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from launch.scaling import isoflop, parametric
 from launch.scaling.isoflop import Isoflop
 from launch.scaling.minima import SIZES
-from launch.scaling.parametric import Fit, Law
-from launch.scaling.parametric import Progress as Progress
+from launch.scaling.parametric import Fit, Law, Progress
 from launch.scaling.table import Points
 
 

@@ -21,6 +21,7 @@ from launch.scaling.resample import interval
 from launch.scaling.table import Points
 
 OFF = 2.0  # times the best size, and a part of it
+NEAR = 1.05  # times what was fitted, which is as good as fitted: budgets are of whole steps
 DOUBTFUL = 100.0  # times what was fitted, beyond which no run shows anything
 
 
@@ -41,12 +42,17 @@ def beyond(fitted: Fitted, found: dict[str, Any]) -> list[tuple[str, float]]:
     """Of a part of a forecast, the quantities that no fitted run comes near: over the largest fitted one if
     above it, over the smallest if below."""
     outside = []
-    for key, own in (("budget", "flops"), ("parameters", "parameters"), ("tokens", "tokens")):
+    for key, own in (
+        ("budget", "flops"),
+        ("parameters", "parameters"),
+        ("tokens", "tokens"),
+        ("unique_tokens", "tokens"),
+    ):
         value = found.get(key)
         value = value["value"] if isinstance(value, dict) else value
-        values = getattr(fitted.points, own)
-        if value is not None and not values.min() <= value <= values.max():
-            outside.append((key, value / float(values.max() if value > values.max() else values.min())))
+        least, most = float(getattr(fitted.points, own).min()), float(getattr(fitted.points, own).max())
+        if value is not None and not least / NEAR <= value <= most * NEAR:
+            outside.append((key, value / (most if value > most else least)))
     return outside
 
 
@@ -58,7 +64,6 @@ def at_budget(fitted: Fitted, flops: float) -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "budget": flops,
-        "beyond": flops / float(fitted.points.flops.max()),
         "parameters": _estimate(fitted, best(0)),
         "tokens": _estimate(fitted, best(1)),
         "loss": _estimate(fitted, best(2)),

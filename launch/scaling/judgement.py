@@ -56,7 +56,7 @@ class Prediction:
 @dataclass(frozen=True)
 class Judgement:
     """fits: the laws, and what they were fitted to. held: the runs of the held-out budget. predictions: of
-    every law. notes: why a law is lacking, and other warnings."""
+    every law. notes: what a reader must know, a line each."""
 
     fits: Fits
     held: Points
@@ -74,12 +74,16 @@ class Judgement:
 
     @property
     def headline(self) -> Prediction | None:
-        """The best loss of the held-out budget by IsoFLOP parabolas, which assume least of how the loss
-        depends on N and D, and whose intervals have held what they were tried on (MEASURED.md). Or else what
-        the parametric law says of the run that it expects to be the best, chosen before its loss is looked
-        at; or else what there is."""
+        """What IsoFLOP parabolas say of the best loss of the held-out budget, or of its lowest run where
+        that is not bracketed: they assume least of how the loss depends on N and D, and their intervals have
+        held what they were tried on (MEASURED.md). Where they are of two budgets only, or without an
+        interval: what the parametric law says of the run that it expects to be the best, chosen before its
+        loss is looked at. Or else what there is."""
         losses = [one for one in self.predictions if one.of == "loss"]
         laws = [name for name in ORDER if any(one.law == name for one in losses)]
+        parabola = self.fits.isoflops.get("parabola")
+        if parabola is None or parabola.floored is None or parabola.spread is None:
+            laws.sort(key=lambda name: name != "parametric")
         first = [one for one in losses if one.law == laws[0]] if laws else []
         return min(first, key=lambda one: one.predicted.value, default=None)
 
@@ -112,12 +116,12 @@ def judge(
     chosen = float(budgets[-1] if budget is None else budget)
     held, rest = points.select(points.budget == chosen), points.select(points.budget != chosen)
     found = judged(fits_of(rest, resamples, seed), held, seed)
-    return replace(found, notes=(*notes, *found.notes))
+    return replace(found, notes=(*notes, *found.fits.notes, *found.notes))
 
 
 def judged(fits: Fits, held: Points, seed: int) -> Judgement:
     """What laws say of runs of another budget."""
-    predictions, notes = list[Prediction](), list(fits.notes)
+    predictions, notes = list[Prediction](), list[str]()
     if fits.parametric is not None and fits.resampled is not None:
         predictions += _by_parametric(fits.parametric, fits.resampled, fits.points, held, seed)
     for law in fits.isoflops.values():

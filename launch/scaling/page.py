@@ -93,12 +93,13 @@ def _others(judged: Found, head: Found) -> str:
 
 def remarks(found: Found) -> list[str]:
     """What a reader of the laws must know, a line each."""
+    judged = list(found["judgement"]["notes"]) if found["judgement"] else []
     lines = list(found["parametric"]["warnings"]) if found["parametric"] else []
     for method, law in found["isoflop"].items():
         lines += [f"{method}: {note}" for note in _notes(law)] if law else []
     if law := found["frontier"]:
         lines += [f"training curves: {note}" for note in _notes(law)]
-    return [*lines, *found["notes"]]
+    return [*judged, *lines, *found["notes"]]
 
 
 def _shown(value: float | None, format: str = ".4f") -> str:

@@ -71,7 +71,7 @@ def show(plan: Plan, console: Console) -> None:
     )
     if plan.study.launcher != "slurm" and plan.in_memory < plan.at_once:
         console.print(
-            f"warning: a rank allocates up to {_bytes(max(plan.memory))}, too much for"
+            f"warning: a rank takes up to {_bytes(plan.most)}, too much for"
             f" {plan.at_once} at a time in {_bytes(total_memory())}; set micro_batch, engine.zero_stage or"
             " parallel",
             soft_wrap=True,

@@ -169,7 +169,12 @@ class Plan:
         if torch.cuda.is_available():
             return len(self.runs) if max(self.memory) <= total_memory() else 0
         ranks = max(run.config.engine.ranks or 1 for run in self.runs)
-        return total_memory() // (ranks * (PROCESS + max(self.memory)))
+        return total_memory() // (ranks * self.most)
+
+    @property
+    def most(self) -> int:
+        """Bytes that a rank takes at most, on a CPU with its process."""
+        return max(self.memory) + (0 if torch.cuda.is_available() else PROCESS)
 
     def epochs(self, run: Sized) -> float | None:
         """How often a run sees its data."""

@@ -40,10 +40,13 @@ def test_the_largest_budget_is_held_out_and_predicted() -> None:
         assert abs(loss.error) < 0.01
         assert size.measured == pytest.approx(best, rel=0.15) and abs(size.error) < 0.25
     assert [judged.headline] == of(judged, "IsoFLOP, parabola")
-    few = judge(runs.select(runs.budget > runs.budget.min() * 3), resamples=200)  # 15 runs of three budgets
-    without = dataclasses.replace(few, predictions=tuple(of(few, "IsoFLOP, akima") + of(few, "parametric")))
-    assert without.headline == min(of(few, "parametric"), key=lambda one: one.predicted.value)
-    assert dataclasses.replace(few, predictions=()).headline is None
+    rest = tuple(of(judged, "IsoFLOP, akima") + by_run)
+    without = dataclasses.replace(judged, predictions=rest)
+    assert without.headline == min(by_run, key=lambda one: one.predicted.value)
+    assert dataclasses.replace(judged, predictions=()).headline is None
+    two = judge(runs.select(runs.budget > runs.budget.min() * 3), resamples=200)  # of which two are fitted
+    assert two.fits.isoflops["parabola"].floored is None
+    assert two.headline == min(of(two, "parametric"), key=lambda one: one.predicted.value)
     assert judged.notes == ()
     json.dumps(judged.as_json(), allow_nan=False)
 

@@ -138,7 +138,7 @@ def test_memory_is_that_of_the_planner_and_bounds_how_many_run_beside_each_other
     monkeypatch.setattr(study, "total_memory", lambda: min(wanted) - 1)
     assert planned.at_once == 1
     show(planned, console)
-    assert "warning: a rank allocates up to" in said(console)
+    assert "warning: a rank takes up to" in said(console)
 
 
 def test_a_batch_that_ranks_cannot_share_is_one_line(folder: Path) -> None:
